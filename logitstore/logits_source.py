@@ -1,0 +1,99 @@
+"""A teacher's logits in any of the shapes that callers have, read in row chunks of bounded size.
+
+[L, V] logits at V = 128k are half a megabyte a row in fp32; nothing here holds more than CHUNK_BYTES of them beyond
+what the caller already holds. Columns at or beyond the vocabulary (heads padded for speed) are dropped.
+
+Letters: L sequence length, V vocabulary, D width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredLogits:
+    """logits = softcap * tanh(z / softcap) with z = scale * (hidden @ lm_head.T + bias), not yet multiplied out.
+
+    hidden [L, D], lm_head [V, D], bias [V] or None: numpy arrays or torch tensors of any float dtype and device.
+    softcap None: logits = z.
+    """
+
+    hidden: Any
+    lm_head: Any
+    bias: Any = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.hidden.shape) != 2 or len(self.lm_head.shape) != 2:
+            raise ValueError(
+                f"hidden must be [L, D] and lm_head [V, D], got {tuple(self.hidden.shape)}, {tuple(self.lm_head.shape)}"
+            )
+        if self.hidden.shape[1] != self.lm_head.shape[1]:
+            raise ValueError(f"hidden has width {self.hidden.shape[1]}, lm_head {self.lm_head.shape[1]}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, V) of the product."""
+        return self.hidden.shape[0], self.lm_head.shape[0]
+
+
+def iter_logit_chunks(
+    logits: Any, rows: NDArray[np.int64], *, vocab_size: int, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[NDArray[np.float32]]:
+    """Yields logits[rows, :vocab_size] as float32 [n, V] chunks of at most `chunk_bytes` (one row at least).
+
+    logits: [L, W] numpy array, torch tensor or FactoredLogits with W >= vocab_size.
+    Raises ValueError for another shape, TypeError for something that is none of the three.
+    """
+    if not hasattr(logits, "shape"):
+        raise TypeError(f"logits must be a numpy array, a torch tensor or FactoredLogits, got {type(logits).__name__}")
+    if len(logits.shape) != 2:
+        raise ValueError(f"logits must be [L, V], got shape {tuple(logits.shape)}")
+    if logits.shape[1] < vocab_size:
+        raise ValueError(f"logits have {logits.shape[1]} columns, the codec's vocabulary is {vocab_size}")
+    n_chunk = max(1, chunk_bytes // (4 * vocab_size))
+    lm_head_DV = _as_float32(logits.lm_head)[:vocab_size].T if isinstance(logits, FactoredLogits) else None
+    for start in range(0, len(rows), n_chunk):
+        chunk_rows = rows[start : start + n_chunk]
+        if lm_head_DV is None:
+            yield _as_float32(logits[_index(chunk_rows), :vocab_size])
+        else:
+            yield _multiplied_out(logits, chunk_rows, lm_head_DV)
+
+
+def _multiplied_out(
+    logits: FactoredLogits, rows: NDArray[np.int64], lm_head_DV: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    z_NV = _as_float32(logits.hidden[_index(rows)]) @ lm_head_DV
+    if logits.bias is not None:
+        z_NV += _as_float32(logits.bias)[: z_NV.shape[1]]
+    if logits.scale != 1.0:
+        z_NV *= np.float32(logits.scale)
+    if logits.softcap is not None:
+        z_NV = np.float32(logits.softcap) * np.tanh(z_NV / np.float32(logits.softcap))
+    return z_NV
+
+
+def _index(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+def _as_float32(array: Any) -> NDArray[np.float32]:
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array, dtype=np.float32)
+    import torch
+
+    if not isinstance(array, torch.Tensor):
+        raise TypeError(f"expected a numpy array or a torch tensor, got {type(array).__name__}")
+    return array.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()

@@ -1,0 +1,79 @@
+"""Verifies a store: every checksum, every invariant, and that rows belong to the tokens beside them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitstore.errors import LogitStoreError
+from logitstore.label_shift import LabelShift
+from logitstore.store import LogitStore
+from logitstore.store import open as open_store
+
+MAX_FAULTS = 100
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """faults: one line each, naming file and sample, at most MAX_FAULTS. label_probability: mean stored probability
+    of the token at shifts -1, 0 and +1 from the label. n_checked: samples that read and decoded without a fault."""
+
+    path: Path
+    faults: tuple[str, ...]
+    n_samples: int
+    n_checked: int
+    n_tokens: int
+    n_present_rows: int
+    file_bytes: int
+    label_probability: dict[int, float]
+
+    @property
+    def ok(self) -> bool:
+        """True where there is no fault."""
+        return not self.faults
+
+
+def verify(path: str | os.PathLike[str], on_sample: Callable[[], None] | None = None) -> VerifyReport:
+    """The report on the store at `path`; a store that does not even open is a report with that one fault.
+
+    on_sample is called after each sample. Raises FileNotFoundError where there is nothing at `path`.
+    """
+    try:
+        store = open_store(path)
+    except LogitStoreError as error:
+        return VerifyReport(Path(path), (str(error),), 0, 0, 0, 0, 0, {})
+    return verify_store(store, on_sample)
+
+
+def verify_store(store: LogitStore, on_sample: Callable[[], None] | None = None) -> VerifyReport:
+    """Reads and decodes every sample, tests every page's checksum, and proves the alignment of rows and labels."""
+    faults = [fault for shard in store.shards for fault in shard.page_faults()]
+    shift = LabelShift()
+    n_checked = n_present = 0
+    for i in range(len(store)):
+        try:
+            stored, _ = store.read_stored(i)
+            sample = store[i]
+        except LogitStoreError as error:
+            faults.append(str(error))
+            continue
+        finally:
+            if on_sample is not None:
+                on_sample()
+        if int(sample.targets.present.sum()) != stored.n_present:
+            faults.append(f"{store.path}, sample {i}: n_present is {stored.n_present}, its blob has another number")
+        n_checked += 1
+        n_present += stored.n_present
+        shift.add(sample.targets)
+    if (fault := shift.fault()) is not None:
+        faults.append(f"{store.path}: {fault}")
+    return VerifyReport(
+        path=store.path,
+        faults=tuple(faults[:MAX_FAULTS]),
+        n_samples=len(store),
+        n_checked=n_checked,
+        n_tokens=store.n_tokens,
+        n_present_rows=n_present,
+        file_bytes=store.file_bytes,
+        label_probability=shift.means(),
+    )

@@ -1,0 +1,145 @@
+"""The sibling folder `x.parquet.work/` of a store that is being written: plan, lock and acknowledged row groups.
+
+`plan.json` says what is being written, so that nothing else is mixed in; `lock` is held (flock) by the process that
+writes; `group-NNNNNNNNNNNN.parquet` holds the samples from number N on, complete and forced to the disk.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from logitstore.errors import CorruptionError, FormatError
+from logitstore.shard_reader import ShardReader
+from logitstore.shard_writer import StoredSample, sync_folder, write_shard
+from logitstore.spec import StoreSpec, require_same_spec
+
+_PLAN = "plan.json"
+
+
+def work_path(store_path: Path) -> Path:
+    """`x.parquet.work` for a store at `x.parquet`."""
+    return store_path.with_name(store_path.name + ".work")
+
+
+class WorkFolder:
+    """A claimed work folder; release() lets go of the lock, remove() deletes it all."""
+
+    def __init__(self, folder: Path, lock: IO[bytes]) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    @staticmethod
+    def claim(store_path: Path, spec: StoreSpec, shard_samples: int | None, *, resume: bool) -> "WorkFolder":
+        """The folder for this store, made or taken over, locked for this process.
+
+        Raises FileExistsError where one is there and resume is False or another process holds it, SpecMismatchError
+        where it belongs to another spec or layout, FormatError where its plan cannot be read.
+        """
+        folder = work_path(store_path)
+        if (folder / _PLAN).exists() and not resume:
+            raise FileExistsError(f"{folder} holds an unfinished store; resume it, or delete that folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        work = WorkFolder(folder, _locked(folder))
+        try:
+            work._agree_on_plan(spec, shard_samples)
+            for partial in folder.glob("*.partial"):
+                partial.unlink()
+        except BaseException:
+            work.release()
+            raise
+        return work
+
+    def release(self) -> None:
+        """Lets another process claim the folder."""
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Deletes the folder and all in it."""
+        shutil.rmtree(self.folder)
+        self.release()
+
+    def write_group(self, first: int, samples: list[StoredSample], spec_json: bytes) -> None:
+        """Writes the samples, numbered from `first` on, as a group that survives a kill and a power loss."""
+        final = self._group_path(first)
+        partial = final.with_suffix(".partial")
+        write_shard(partial, samples, spec_json=spec_json, shard=0, is_last=False)
+        os.replace(partial, final)
+        sync_folder(self.folder)
+
+    def count_samples(self, first: int) -> int:
+        """Samples in the groups from number `first` on. Raises CorruptionError where one is missing in between."""
+        expected = first
+        for start, path in self._groups():
+            if start != expected:
+                raise CorruptionError(f"{path}: expected the group that starts at sample {expected}; delete the folder")
+            with contextlib.closing(ShardReader(path)) as group:
+                expected += len(group)
+        return expected - first
+
+    def iter_samples(self, first: int, end: int) -> Iterator[StoredSample]:
+        """The samples numbered first to end - 1, their checksums tested."""
+        for start, path in self._groups():
+            if first <= start < end:
+                with contextlib.closing(ShardReader(path)) as group:
+                    for i in range(len(group)):
+                        yield group.read(i)
+
+    def drop_groups_before(self, end: int) -> None:
+        """Deletes the groups whose samples are all numbered below `end`: they are in a committed shard."""
+        for start, path in self._groups():
+            if start < end:
+                path.unlink()
+
+    def _groups(self) -> list[tuple[int, Path]]:
+        return sorted((int(path.stem.removeprefix("group-")), path) for path in self.folder.glob("group-*.parquet"))
+
+    def _group_path(self, first: int) -> Path:
+        return self.folder / f"group-{first:012d}.parquet"
+
+    def _agree_on_plan(self, spec: StoreSpec, shard_samples: int | None) -> None:
+        path = self.folder / _PLAN
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({"spec": spec.to_json(), "shard_samples": shard_samples}))
+            os.replace(partial, path)
+            sync_folder(self.folder)
+            return
+        try:
+            plan = json.loads(path.read_text())
+            planned_spec, planned_shard_samples = StoreSpec.from_json(plan["spec"]), plan["shard_samples"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{path} cannot be read ({error!r}); delete {self.folder} to start anew") from None
+        advice = f"choose another output, or delete {self.folder} to start anew"
+        require_same_spec(planned_spec, spec, where=f"the unfinished store in {self.folder}", advice=advice)
+        if planned_shard_samples != shard_samples:
+            raise FileExistsError(
+                f"the unfinished store in {self.folder} has shards of {planned_shard_samples} samples, this run of "
+                f"{shard_samples}; {advice}"
+            )
+
+
+def planned_shard_samples(store_path: Path) -> int | None:
+    """shard_samples of the unfinished store at `store_path`, None where it is one file or there is none."""
+    try:
+        value = json.loads((work_path(store_path) / _PLAN).read_text())["shard_samples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    lock = open(folder / "lock", "wb")  # noqa: SIM115  (held for as long as the folder is claimed)
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no fcntl on this system: two writers on one output are then the user's to avoid
+        pass
+    except OSError:
+        lock.close()
+        raise FileExistsError(f"another process is writing {folder}; wait for it, or stop it") from None
+    return lock

@@ -1,0 +1,174 @@
+"""Writes a store so that a kill at any instant loses at most the row group that was not acknowledged yet.
+
+Samples are collected into row groups of at most 128 samples, 16 MB or 60 seconds. A full one is acknowledged: written
+to the sibling folder `x.parquet.work/` as a small shard of its own, forced to the disk and renamed into place there.
+When a shard is complete (or the writer closes) its groups are put together into one file, read back, and renamed to
+its final name. Nothing under the final name is ever incomplete or changed afterwards, and what it holds does not
+depend on how often the writer was interrupted.
+
+`--out x.parquet` is one file of that name, or, where shard_samples is given, a folder of that name holding nothing
+but shards.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from logitstore.errors import CorruptionError
+from logitstore.row_input import as_numpy, checked_input_ids
+from logitstore.shard_index import ShardIndex, same_index
+from logitstore.shard_reader import ShardReader
+from logitstore.shard_writer import GROUP_BYTES, GROUP_SAMPLES, StoredSample, sync_folder, write_shard
+from logitstore.spec import StoreSpec, require_same_spec
+from logitstore.targets import TeacherTargets
+from logitstore.work_folder import WorkFolder
+
+GROUP_SECONDS = 60.0
+
+
+class StoreWriter:
+    """Made by logitstore.create. A context manager: the store appears when the `with` block ends without an error."""
+
+    def __init__(self, path: Path, spec: StoreSpec, shard_samples: int | None, resume: bool) -> None:
+        if shard_samples is not None and shard_samples < 1:
+            raise ValueError(f"shard_samples must be at least 1 or None, got {shard_samples}")
+        self.path, self.spec, self.shard_samples = path, spec, shard_samples
+        self._spec_json = spec.to_json().encode()
+        self._refuse_finished_store()
+        self._work = WorkFolder.claim(path, spec, shard_samples, resume=resume)
+        try:
+            self._n_committed = self._count_committed()
+            self._n_shards = len(self._committed_paths())
+            self._work.drop_groups_before(self._n_committed)
+            self._n_acknowledged = self._n_committed + self._work.count_samples(self._n_committed)
+        except BaseException:
+            self._work.release()
+            raise
+        self._pending: list[StoredSample] = []
+        self._pending_bytes = 0
+        self._pending_since_s = 0.0
+
+    @property
+    def n_acknowledged(self) -> int:
+        """Samples, from the first on, that are safe on the disk; a resumed collection goes on behind them."""
+        return self._n_acknowledged
+
+    def append(
+        self, sample_id: int, input_ids: Any, targets: TeacherTargets, loss_mask: Any = None, source_row: int = -1
+    ) -> None:
+        """Adds a sample: input_ids [L] with L >= 1, its targets of L - 1 rows, loss_mask bool [L] (None: all True).
+
+        Raises ValueError, CorruptionError or SpecMismatchError for what does not fit, OSError where the disk fails.
+        """
+        tokens = checked_input_ids(input_ids, self.spec.vocab_size)
+        if len(tokens) == 0:
+            raise ValueError(f"sample {sample_id} has no tokens")
+        learned = np.ones(len(tokens), bool) if loss_mask is None else as_numpy(loss_mask)
+        if learned.dtype != np.bool_ or learned.shape != tokens.shape:
+            raise ValueError(f"loss_mask must be bool [{len(tokens)}], got {learned.dtype} {learned.shape}")
+        blob = self.spec.codec.encode(targets, tokens)
+        sample = StoredSample(int(sample_id), int(source_row), tokens, learned, int(targets.present.sum()), blob)
+        if self._pending and self._pending_bytes + sample.n_bytes > GROUP_BYTES:
+            self.flush()
+        if not self._pending:
+            self._pending_since_s = time.monotonic()
+        self._pending.append(sample)
+        self._pending_bytes += sample.n_bytes
+        full = len(self._pending) == GROUP_SAMPLES or self._at_shard_end(self._n_acknowledged + len(self._pending))
+        if full or time.monotonic() - self._pending_since_s > GROUP_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Acknowledges what was appended so far; puts a shard together that became complete before it."""
+        if not self._pending:
+            return
+        if self._at_shard_end(self._n_acknowledged) and self._n_acknowledged > self._n_committed:
+            self._commit_shard(is_last=False)
+        self._work.write_group(self._n_acknowledged, self._pending, self._spec_json)
+        self._n_acknowledged += len(self._pending)
+        self._pending, self._pending_bytes = [], 0
+
+    def close(self) -> None:
+        """Commits the last shard and removes the work folder. Called by the end of the `with` block."""
+        self.flush()
+        self._commit_shard(is_last=True)
+        self._work.remove()
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.close()
+        finally:
+            self._work.release()
+
+    def _at_shard_end(self, n_samples: int) -> bool:
+        return self.shard_samples is not None and n_samples % self.shard_samples == 0
+
+    def _commit_shard(self, *, is_last: bool) -> None:
+        final = self.path if self.shard_samples is None else self.path / f"part-{self._n_shards:05d}.parquet"
+        partial = self._work.folder / f"shard-{self._n_shards:05d}.partial"
+        partial.unlink(missing_ok=True)
+        samples = self._work.iter_samples(self._n_committed, self._n_acknowledged)
+        index = write_shard(partial, samples, spec_json=self._spec_json, shard=self._n_shards, is_last=is_last)
+        _check_written(partial, index, self._n_acknowledged - self._n_committed)
+        if self.shard_samples is not None:
+            self.path.mkdir(exist_ok=True)
+        os.replace(partial, final)
+        sync_folder(final.parent)
+        self._n_shards += 1
+        self._n_committed = self._n_acknowledged
+        self._work.drop_groups_before(self._n_committed)
+
+    def _committed_paths(self) -> list[Path]:
+        return sorted(self.path.glob("*.parquet")) if self.shard_samples is not None else []
+
+    def _count_committed(self) -> int:
+        total = 0
+        for path in self._committed_paths():
+            with contextlib.closing(ShardReader(path)) as shard:
+                found = StoreSpec.from_json(shard.spec_json)
+                advice = "choose another --out, or delete that store"
+                require_same_spec(found, self.spec, where=str(path), advice=advice)
+                total += len(shard)
+        return total
+
+    def _refuse_finished_store(self) -> None:
+        if self.path.is_file():
+            raise FileExistsError(f"{self.path} exists already; choose another name or delete it")
+        shards = sorted(self.path.glob("*")) if self.path.is_dir() else []
+        if not shards:
+            return
+        if self.shard_samples is None or any(path.suffix != ".parquet" for path in shards):
+            raise FileExistsError(f"{self.path} is a folder with files in it; choose another name or delete it")
+        with contextlib.closing(ShardReader(shards[-1])) as last:
+            if last.index.is_last:
+                raise FileExistsError(f"{self.path} is a finished store; choose another name or delete it")
+
+
+def create(
+    path: str | os.PathLike[str], spec: StoreSpec, shard_samples: int | None = None, resume: bool = False
+) -> StoreWriter:
+    """A writer for a new store at `path`: one file, or a folder of shards of `shard_samples` samples each.
+
+    resume True: goes on with an unfinished store of the same spec, behind its n_acknowledged samples.
+    Raises FileExistsError where a store is there (or an unfinished one and resume is False), SpecMismatchError where
+    the unfinished one has another spec, OSError where the folder cannot be written.
+    """
+    return StoreWriter(Path(path), spec, shard_samples, resume)
+
+
+def _check_written(path: Path, expected: ShardIndex, n_samples: int) -> None:
+    """Reads a written shard back as a whole. Raises CorruptionError where it is not what was meant."""
+    with contextlib.closing(ShardReader(path)) as shard:
+        if len(shard) != n_samples or not same_index(shard.index, expected):
+            raise CorruptionError(f"{path} reads back with another index than was written; is the disk sound?")
+        for i in range(len(shard)):
+            shard.read(i)
