@@ -75,19 +75,42 @@ class StoreSpec:
 
 
 def require_same_spec(found: StoreSpec, expected: StoreSpec, *, where: str, advice: str) -> None:
-    """Raises SpecMismatchError naming `where`, the first field that differs, both values and the advice."""
-    for f in fields(StoreSpec):
-        there, here = getattr(found, f.name), getattr(expected, f.name)
-        if f.name == "codec":
-            there, here = there.config, here.config
-        if f.name == "collection":
-            there, here = dict(there), dict(here)
-        if isinstance(there, dict) and isinstance(here, dict):
-            differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-            if differing:
-                key = differing[0]
-                raise SpecMismatchError(
-                    f"{where} has {f.name} {key} = {there.get(key)!r}, this run has {here.get(key)!r}; {advice}"
-                )
-        elif there != here:
-            raise SpecMismatchError(f"{where} has {f.name} = {there!r}, this run has {here!r}; {advice}")
+    """Raises SpecMismatchError naming `where`, the first field that differs, both values and the advice.
+
+    What a teacher or a data set is called does not count, nor how its tokenizer's files are written: the hashes do.
+    """
+    for name in _COMPARED:
+        there, here = _comparable(found, name), _comparable(expected, name)
+        if there != here:
+            raise SpecMismatchError(
+                f"{where} has {_described(found, name)}, this run {_described(expected, name)}; {advice}"
+            )
+
+
+_COMPARED = (
+    "teacher_sha256",
+    "dataset_sha256",
+    "codec",
+    "tokenizer_sha256",
+    "vocab_size",
+    "head_width",
+    "teacher_dtype",
+    "max_length",
+    "keep_prompt",
+    "collection",
+)
+_CALLED = {"teacher_sha256": "teacher", "dataset_sha256": "dataset"}
+
+
+def _comparable(spec: StoreSpec, name: str) -> Any:
+    value = getattr(spec, name)
+    return value.config if name == "codec" else dict(value) if name == "collection" else value
+
+
+def _described(spec: StoreSpec, name: str) -> str:
+    value = _comparable(spec, name)
+    if isinstance(value, dict):
+        value = ", ".join(f"{key}={item}" for key, item in value.items())
+    if name in _CALLED:
+        return f"{_CALLED[name]} {getattr(spec, _CALLED[name])} (SHA-256 {str(value)[:12]})"
+    return f"{name} {value}"

@@ -10,9 +10,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from logitstore.errors import CorruptionError, FormatError
+from logitstore.shard_index import ShardIndex
 from logitstore.shard_reader import ShardReader
 from logitstore.shard_writer import StoredSample, sync_folder, write_shard
 from logitstore.spec import StoreSpec, require_same_spec
@@ -25,11 +26,18 @@ def work_path(store_path: Path) -> Path:
     return store_path.with_name(store_path.name + ".work")
 
 
+class Plan(NamedTuple):
+    """The spec of a store that is being written, and the samples of each of its shards (None: one file)."""
+
+    spec: StoreSpec
+    shard_samples: int | None
+
+
 class WorkFolder:
     """A claimed work folder; release() lets go of the lock, remove() deletes it all."""
 
-    def __init__(self, folder: Path, lock: IO[bytes]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: IO[bytes], spec: StoreSpec) -> None:
+        self.folder, self.spec = folder, spec
         self._lock = lock
 
     @staticmethod
@@ -43,9 +51,9 @@ class WorkFolder:
         if (folder / _PLAN).exists() and not resume:
             raise FileExistsError(f"{folder} holds an unfinished store; resume it, or delete that folder")
         folder.mkdir(parents=True, exist_ok=True)
-        work = WorkFolder(folder, _locked(folder))
+        work = WorkFolder(folder, _locked(folder), spec)
         try:
-            work._agree_on_plan(spec, shard_samples)
+            work._agree_on_plan(store_path, spec, shard_samples)
             for partial in folder.glob("*.partial"):
                 partial.unlink()
         except BaseException:
@@ -70,15 +78,17 @@ class WorkFolder:
         os.replace(partial, final)
         sync_folder(self.folder)
 
-    def count_samples(self, first: int) -> int:
-        """Samples in the groups from number `first` on. Raises CorruptionError where one is missing in between."""
+    def indices(self, first: int) -> list[ShardIndex]:
+        """Index of each group from sample number `first` on. Raises CorruptionError where one in between is missing."""
+        found: list[ShardIndex] = []
         expected = first
         for start, path in self._groups():
             if start != expected:
                 raise CorruptionError(f"{path}: expected the group that starts at sample {expected}; delete the folder")
             with contextlib.closing(ShardReader(path)) as group:
-                expected += len(group)
-        return expected - first
+                found.append(group.index)
+            expected += found[-1].n_samples
+        return found
 
     def iter_samples(self, first: int, end: int) -> Iterator[StoredSample]:
         """The samples numbered first to end - 1, their checksums tested."""
@@ -100,35 +110,38 @@ class WorkFolder:
     def _group_path(self, first: int) -> Path:
         return self.folder / f"group-{first:012d}.parquet"
 
-    def _agree_on_plan(self, spec: StoreSpec, shard_samples: int | None) -> None:
-        path = self.folder / _PLAN
-        if not path.exists():
+    def _agree_on_plan(self, store_path: Path, spec: StoreSpec, shard_samples: int | None) -> None:
+        plan = read_plan(store_path)
+        if plan is None:
+            path = self.folder / _PLAN
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps({"spec": spec.to_json(), "shard_samples": shard_samples}))
             os.replace(partial, path)
             sync_folder(self.folder)
             return
-        try:
-            plan = json.loads(path.read_text())
-            planned_spec, planned_shard_samples = StoreSpec.from_json(plan["spec"]), plan["shard_samples"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path} cannot be read ({error!r}); delete {self.folder} to start anew") from None
         advice = f"choose another output, or delete {self.folder} to start anew"
-        require_same_spec(planned_spec, spec, where=f"the unfinished store in {self.folder}", advice=advice)
-        if planned_shard_samples != shard_samples:
+        require_same_spec(plan.spec, spec, where=f"the unfinished store in {self.folder}", advice=advice)
+        self.spec = plan.spec
+        if plan.shard_samples != shard_samples:
             raise FileExistsError(
-                f"the unfinished store in {self.folder} has shards of {planned_shard_samples} samples, this run of "
+                f"the unfinished store in {self.folder} has shards of {plan.shard_samples} samples, this run of "
                 f"{shard_samples}; {advice}"
             )
 
 
-def planned_shard_samples(store_path: Path) -> int | None:
-    """shard_samples of the unfinished store at `store_path`, None where it is one file or there is none."""
-    try:
-        value = json.loads((work_path(store_path) / _PLAN).read_text())["shard_samples"]
-    except (OSError, ValueError, KeyError, TypeError):
+def read_plan(store_path: Path) -> Plan | None:
+    """What the unfinished store at `store_path` is to become, None where there is none.
+
+    Raises FormatError where its plan cannot be read.
+    """
+    path = work_path(store_path) / _PLAN
+    if not path.exists():
         return None
-    return value if isinstance(value, int) else None
+    try:
+        plan = json.loads(path.read_text())
+        return Plan(StoreSpec.from_json(plan["spec"]), plan["shard_samples"])
+    except (ValueError, KeyError, TypeError, FormatError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); delete {path.parent} to start anew") from None
 
 
 def _locked(folder: Path) -> IO[bytes]:

@@ -13,6 +13,7 @@ but shards.
 import contextlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,30 @@ from logitstore.work_folder import WorkFolder
 GROUP_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class Acknowledged:
+    """n_samples and n_tokens safe on the disk, the source_row of the last sample (-1: none) and how many samples of
+    that row there are."""
+
+    n_samples: int = 0
+    n_tokens: int = 0
+    last_source_row: int = -1
+    n_of_last_row: int = 0
+
+    def with_samples(self, samples: list[StoredSample]) -> "Acknowledged":
+        """The same with these samples behind them."""
+        result = self
+        for sample in samples:
+            same_row = sample.source_row == result.last_source_row
+            result = Acknowledged(
+                result.n_samples + 1,
+                result.n_tokens + len(sample.input_ids),
+                sample.source_row,
+                result.n_of_last_row + 1 if same_row else 1,
+            )
+        return result
+
+
 class StoreWriter:
     """Made by logitstore.create. A context manager: the store appears when the `with` block ends without an error."""
 
@@ -38,25 +63,38 @@ class StoreWriter:
         if shard_samples is not None and shard_samples < 1:
             raise ValueError(f"shard_samples must be at least 1 or None, got {shard_samples}")
         self.path, self.spec, self.shard_samples = path, spec, shard_samples
-        self._spec_json = spec.to_json().encode()
         self._refuse_finished_store()
         self._work = WorkFolder.claim(path, spec, shard_samples, resume=resume)
         try:
-            self._n_committed = self._count_committed()
-            self._n_shards = len(self._committed_paths())
+            # a resumed store keeps the names that its first run gave to teacher and data set
+            self._spec_json = self._work.spec.to_json().encode()
+            committed = self._committed_indices()
+            self._n_shards = len(committed)
+            self._n_committed = sum(index.n_samples for index in committed)
             self._work.drop_groups_before(self._n_committed)
-            self._n_acknowledged = self._n_committed + self._work.count_samples(self._n_committed)
+            self._acknowledged = _acknowledged([*committed, *self._work.indices(self._n_committed)])
         except BaseException:
             self._work.release()
             raise
         self._pending: list[StoredSample] = []
         self._pending_bytes = 0
         self._pending_since_s = 0.0
+        self.blob_bytes_appended = 0
 
     @property
     def n_acknowledged(self) -> int:
         """Samples, from the first on, that are safe on the disk; a resumed collection goes on behind them."""
-        return self._n_acknowledged
+        return self._acknowledged.n_samples
+
+    @property
+    def n_pending(self) -> int:
+        """Samples appended and not yet acknowledged."""
+        return len(self._pending)
+
+    @property
+    def acknowledged(self) -> Acknowledged:
+        """What is safe on the disk, in the terms in which a collection goes on."""
+        return self._acknowledged
 
     def append(
         self, sample_id: int, input_ids: Any, targets: TeacherTargets, loss_mask: Any = None, source_row: int = -1
@@ -79,7 +117,8 @@ class StoreWriter:
             self._pending_since_s = time.monotonic()
         self._pending.append(sample)
         self._pending_bytes += sample.n_bytes
-        full = len(self._pending) == GROUP_SAMPLES or self._at_shard_end(self._n_acknowledged + len(self._pending))
+        self.blob_bytes_appended += len(blob)
+        full = len(self._pending) == GROUP_SAMPLES or self._at_shard_end(self.n_acknowledged + len(self._pending))
         if full or time.monotonic() - self._pending_since_s > GROUP_SECONDS:
             self.flush()
 
@@ -87,10 +126,10 @@ class StoreWriter:
         """Acknowledges what was appended so far; puts a shard together that became complete before it."""
         if not self._pending:
             return
-        if self._at_shard_end(self._n_acknowledged) and self._n_acknowledged > self._n_committed:
+        if self._at_shard_end(self.n_acknowledged) and self.n_acknowledged > self._n_committed:
             self._commit_shard(is_last=False)
-        self._work.write_group(self._n_acknowledged, self._pending, self._spec_json)
-        self._n_acknowledged += len(self._pending)
+        self._work.write_group(self.n_acknowledged, self._pending, self._spec_json)
+        self._acknowledged = self._acknowledged.with_samples(self._pending)
         self._pending, self._pending_bytes = [], 0
 
     def close(self) -> None:
@@ -116,29 +155,28 @@ class StoreWriter:
         final = self.path if self.shard_samples is None else self.path / f"part-{self._n_shards:05d}.parquet"
         partial = self._work.folder / f"shard-{self._n_shards:05d}.partial"
         partial.unlink(missing_ok=True)
-        samples = self._work.iter_samples(self._n_committed, self._n_acknowledged)
+        samples = self._work.iter_samples(self._n_committed, self.n_acknowledged)
         index = write_shard(partial, samples, spec_json=self._spec_json, shard=self._n_shards, is_last=is_last)
-        _check_written(partial, index, self._n_acknowledged - self._n_committed)
+        _check_written(partial, index, self.n_acknowledged - self._n_committed)
         if self.shard_samples is not None:
             self.path.mkdir(exist_ok=True)
         os.replace(partial, final)
         sync_folder(final.parent)
         self._n_shards += 1
-        self._n_committed = self._n_acknowledged
+        self._n_committed = self.n_acknowledged
         self._work.drop_groups_before(self._n_committed)
 
-    def _committed_paths(self) -> list[Path]:
-        return sorted(self.path.glob("*.parquet")) if self.shard_samples is not None else []
-
-    def _count_committed(self) -> int:
-        total = 0
-        for path in self._committed_paths():
+    def _committed_indices(self) -> list[ShardIndex]:
+        """Index of each shard that is in place. Raises SpecMismatchError where they are of another store."""
+        indices = []
+        for path in sorted(self.path.glob("*.parquet")) if self.shard_samples is not None else []:
             with contextlib.closing(ShardReader(path)) as shard:
                 found = StoreSpec.from_json(shard.spec_json)
-                advice = "choose another --out, or delete that store"
-                require_same_spec(found, self.spec, where=str(path), advice=advice)
-                total += len(shard)
-        return total
+                require_same_spec(
+                    found, self.spec, where=str(path), advice="choose another output, or delete that store"
+                )
+                indices.append(shard.index)
+        return indices
 
     def _refuse_finished_store(self) -> None:
         if self.path.is_file():
@@ -172,3 +210,13 @@ def _check_written(path: Path, expected: ShardIndex, n_samples: int) -> None:
             raise CorruptionError(f"{path} reads back with another index than was written; is the disk sound?")
         for i in range(len(shard)):
             shard.read(i)
+
+
+def _acknowledged(indices: list[ShardIndex]) -> Acknowledged:
+    if not any(index.n_samples for index in indices):
+        return Acknowledged()
+    source_row = np.concatenate([index.source_row for index in indices])
+    other_rows = np.flatnonzero(source_row != source_row[-1])
+    n_of_last_row = len(source_row) - (int(other_rows[-1]) + 1 if len(other_rows) else 0)
+    n_tokens = sum(int(index.n_tokens.sum(dtype=np.int64)) for index in indices)
+    return Acknowledged(len(source_row), n_tokens, int(source_row[-1]), n_of_last_row)

@@ -1,0 +1,72 @@
+"""The samples of a collection in order, from where it stopped on, each with its place in the data set."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from logitstore.writer import Acknowledged
+from logitstore_trainer.collect.prompts import Dataset
+from logitstore_trainer.collect.rows import Row
+from logitstore_trainer.collect.settings import CollectSettings
+from logitstore_trainer.collect.tokenise import Counts, TokenisedSample, Tokeniser
+
+# prompts as token ids, and their rows in the data set -> completions as token ids
+Complete = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[int]]]
+
+
+def remaining_samples(
+    dataset: Dataset,
+    tokeniser: Tokeniser,
+    settings: CollectSettings,
+    complete: Complete,
+    *,
+    done: Acknowledged,
+    counts: Counts,
+) -> Iterator[TokenisedSample]:
+    """Yields what is still to be collected behind the `done` samples. Mutates `counts`, which counts from there on.
+
+    A text may give several samples, so it goes on with the row of the last one and passes over those it has.
+    `complete` is called for rows that are a prompt alone.
+    """
+    n_tokens = done.n_tokens
+    if settings.max_tokens is not None and n_tokens >= settings.max_tokens:
+        return
+    to_skip = done.n_of_last_row
+    rows = dataset.rows(max(done.last_source_row, 0))
+    if settings.generate is None:
+        samples = tokeniser.samples(rows, counts)
+    else:
+        if to_skip:
+            next(rows)  # that prompt has its completion in the store
+            to_skip = 0
+        samples = _completed(rows, tokeniser, settings.batch_size, complete, counts)
+    for sample in samples:
+        if to_skip:
+            to_skip -= 1
+            continue
+        yield sample
+        n_tokens += len(sample.input_ids)
+        if settings.max_tokens is not None and n_tokens >= settings.max_tokens:
+            return
+
+
+def _completed(
+    rows: Iterator[Row], tokeniser: Tokeniser, batch_size: int, complete: Complete, counts: Counts
+) -> Iterator[TokenisedSample]:
+    """Yields prompt rows with completions that the teacher writes, a batch at a time."""
+    prompts = _fitting_prompts(rows, tokeniser, counts)
+    while batch := list(itertools.islice(prompts, batch_size)):
+        completions = complete([prompt_ids for _, prompt_ids in batch], [row.source_row for row, _ in batch])
+        for (row, prompt_ids), completion_ids in zip(batch, completions, strict=True):
+            for sample in tokeniser.completed(row, prompt_ids, completion_ids, counts):
+                counts.add(sample)
+                yield sample
+
+
+def _fitting_prompts(rows: Iterator[Row], tokeniser: Tokeniser, counts: Counts) -> Iterator[tuple[Row, list[int]]]:
+    for row in rows:
+        counts.rows += 1
+        prompt_ids = tokeniser.prompt_ids(row.columns["prompt"])
+        if len(prompt_ids) < tokeniser.max_length:
+            yield row, prompt_ids
+        else:
+            counts.prompt_too_long += 1

@@ -1,0 +1,79 @@
+"""How large a collection will be, before it starts: tokens, bytes, shards.
+
+A data set of at most COUNTED_ROWS rows is tokenised whole and counted; of a larger one that many rows, spread evenly,
+are tokenised and the rest is extrapolated. The number of shards hangs on nothing but this, and is fixed before the
+first token.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from logitstore_trainer.collect.prompts import Dataset
+from logitstore_trainer.collect.settings import CollectSettings
+from logitstore_trainer.collect.tokenise import Counts, Tokeniser
+from logitstore_trainer.progress import progress
+
+COUNTED_ROWS = 20_000
+SHARD_BYTES = 384 << 20
+
+
+@dataclass(frozen=True)
+class PlannedSize:
+    """Estimates, exact where `is_exact`: samples, tokens, rows to store, and bytes before any compression."""
+
+    n_samples: int
+    n_tokens: int
+    n_stored_rows: int
+    raw_bytes: int
+    is_exact: bool
+
+    @property
+    def shard_samples(self) -> int | None:
+        """Samples a shard, None where one file holds everything."""
+        if self.raw_bytes <= SHARD_BYTES:
+            return None
+        return math.ceil(self.n_samples / math.ceil(self.raw_bytes / SHARD_BYTES))
+
+
+def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettings, *, bytes_a_row: int) -> PlannedSize:
+    """The size of this collection. Raises ValueError where no row gives a sample."""
+    counts = Counts()
+    n_prompts = 0
+    for row in _spread_rows(dataset):
+        if settings.generate is None:
+            for _ in tokeniser.samples([row], counts):
+                pass
+        else:
+            counts.tokens += min(
+                len(tokeniser.prompt_ids(row.columns["prompt"])) + settings.generate, tokeniser.max_length
+            )
+            counts.learned_tokens += settings.generate
+            n_prompts += 1
+    counts.samples += n_prompts
+    if not counts.samples:
+        raise ValueError(f"{dataset.path}: no row gives a sample ({counts.summary()}); raise --max-length")
+    n_counted = min(dataset.n_rows, COUNTED_ROWS)
+    scale = dataset.n_rows / n_counted
+    if settings.max_tokens is not None:
+        scale = min(scale, (settings.max_tokens + tokeniser.max_length) / counts.tokens)
+    stored_rows = counts.tokens - counts.samples if settings.keep_prompt else counts.learned_tokens
+    return PlannedSize(
+        n_samples=math.ceil(counts.samples * scale),
+        n_tokens=round(counts.tokens * scale),
+        n_stored_rows=round(stored_rows * scale),
+        raw_bytes=round(scale * (stored_rows * bytes_a_row + counts.tokens * 5 + counts.samples * 100)),
+        is_exact=n_counted == dataset.n_rows and settings.generate is None and settings.max_tokens is None,
+    )
+
+
+def _spread_rows(dataset: Dataset) -> Any:
+    if dataset.n_rows <= COUNTED_ROWS:
+        rows = dataset.rows()
+    else:
+        chosen = np.linspace(0, dataset.n_rows - 1, COUNTED_ROWS // 10).astype(int)
+        rows = (next(dataset.rows(int(start))) for start in chosen)
+    total = min(dataset.n_rows, COUNTED_ROWS)
+    return progress(rows, total=total, desc="counting tokens", unit="rows")

@@ -1,0 +1,1 @@
+"""inspect, verify and head: looking at a store."""
