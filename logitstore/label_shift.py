@@ -46,18 +46,19 @@ class LabelShift:
         return {shift: float(total) / self.n_rows for shift, total in zip(SHIFTS, self.sums, strict=True)}
 
     def fault(self) -> str | None:
-        """One line where another shift fits better than 0 by over four standard errors, else None."""
+        """One line where another shift fits twice as well as 0, and by over four standard errors, else None."""
         if self.n_rows < 2:
             return None
         mean = self.differences / self.n_rows
         error = np.sqrt(np.maximum(self.squares / self.n_rows - mean**2, 0) / self.n_rows)
         best = int(np.argmax(mean))
-        if mean[best] <= 4 * error[best]:
-            return None
         means = self.means()
+        if mean[best] <= 4 * error[best] or means[SHIFTS[best]] < 2 * means[0]:
+            return None
         return (
             f"rows do not belong to their tokens: the token at shift {SHIFTS[best]:+d} has mean probability "
-            f"{means[SHIFTS[best]]:.4f}, the label itself {means[0]:.4f}; row t must describe token t + 1"
+            f"{means[SHIFTS[best]]:.4f}, the label itself {means[0]:.4f}; row t must describe token t + 1 "
+            "(or the teacher has learned nothing)"
         )
 
 

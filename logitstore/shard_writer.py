@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from logitstore.shard_index import KEY as INDEX_KEY
 from logitstore.shard_index import ShardIndex, pack_index
 
 if TYPE_CHECKING:
-    import pyarrow
+    import pyarrow.parquet
 
 SPEC_KEY = "logitstore.spec"
 GROUP_SAMPLES = 128
@@ -84,8 +84,6 @@ def write_shard(
     """
     import pyarrow.parquet
 
-    group_rows: list[tuple[int, ...]] = []
-    sample_rows: list[tuple[int, ...]] = []
     with open(path, "xb") as file:
         writer = pyarrow.parquet.ParquetWriter(
             file,
@@ -98,21 +96,41 @@ def write_shard(
             data_page_version="1.0",
             data_page_size=1 << 30,
         )
-        data_end = file.tell()
-        for group in grouped(samples):
-            start = data_end
-            rows = [_index_row(sample) for sample in group]
-            writer.write_table(_table(group, rows), row_group_size=GROUP_SAMPLES)
-            file.flush()
-            data_end = file.tell()
-            group_rows.append((len(group), *_value_offsets(path, start, data_end, group)))
-            sample_rows += rows
-        columns = (*_columns(group_rows, 4), *_columns(sample_rows, 7))
-        index = ShardIndex(shard, is_last, data_end, *columns)
-        writer.add_key_value_metadata({SPEC_KEY: spec_json.decode(), INDEX_KEY: pack_index(index, spec_json)})
-        writer.close()
+        try:
+            index = _write_groups(writer, file, path, samples, spec_json, shard=shard, is_last=is_last)
+            writer.close()
+        except BaseException:
+            writer.is_open = False  # else its __del__ writes a footer into the closed file, and prints that it cannot
+            raise
         file.flush()
         os.fsync(file.fileno())
+    return index
+
+
+def _write_groups(
+    writer: "pyarrow.parquet.ParquetWriter",
+    file: IO[bytes],
+    path: Path,
+    samples: Iterable[StoredSample],
+    spec_json: bytes,
+    *,
+    shard: int,
+    is_last: bool,
+) -> ShardIndex:
+    """Writes row groups, and spec and index as the footer's key-values; returns the index."""
+    group_rows: list[tuple[int, ...]] = []
+    sample_rows: list[tuple[int, ...]] = []
+    data_end = file.tell()
+    for group in grouped(samples):
+        start = data_end
+        rows = [_index_row(sample) for sample in group]
+        writer.write_table(_table(group, rows), row_group_size=GROUP_SAMPLES)
+        file.flush()
+        data_end = file.tell()
+        group_rows.append((len(group), *_value_offsets(path, start, data_end, group)))
+        sample_rows += rows
+    index = ShardIndex(shard, is_last, data_end, *_columns(group_rows, 4), *_columns(sample_rows, 7))
+    writer.add_key_value_metadata({SPEC_KEY: spec_json.decode(), INDEX_KEY: pack_index(index, spec_json)})
     return index
 
 

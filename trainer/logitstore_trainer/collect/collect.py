@@ -80,7 +80,7 @@ def collect(settings: CollectSettings, say: Say = print) -> CollectResult:
         )
     if dataset.shape != "prompt" and settings.generate is not None:
         raise ValueError(
-            f"{settings.dataset}: --generate is for rows that are a `prompt` alone, these are {dataset.shape}"
+            f"{settings.dataset}: --generate is for rows that are a `prompt` alone, not {dataset.shape}"
         )
     tokeniser = Tokeniser(info.tokenizer, dataset.shape, _max_length(settings, info))
     codec = _codec(settings, info)
@@ -129,7 +129,7 @@ class _Collection:
             if done.n_samples:
                 self.say(f"{self.settings.out}: going on behind {done.n_samples:,} samples of {done.n_tokens:,} tokens")
             safe = (
-                f"what was acknowledged is safe in {work_path(self.settings.out)}, the same command goes on from there"
+                f"what was done is safe in {work_path(self.settings.out)}; the same command goes on from there"
             )
             try:
                 self._fill(writer)

@@ -9,6 +9,7 @@ several times slower than an fp32 one. A checkpoint saved in fp16 stays fp16 on 
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as hf_logging
 
 from logitstore_trainer.collect.teacher_source import TeacherSource, fingerprint, locate_teacher
 
@@ -95,7 +97,7 @@ def load_tokenizer(teacher: str | TeacherSource, *, trust_remote_code: bool = Fa
         return AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **source.from_pretrained_arguments()
         )
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # the tokenizers library raises a bare Exception for a malformed tokenizer.json
         raise ValueError(
             f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}; "
             f"put the tokenizer's files (tokenizer.json, tokenizer_config.json) next to the model's"
@@ -145,6 +147,8 @@ def load_teacher(
     dtype_name = choose_dtype(dtype, torch_device, getattr(teacher.config, "dtype", None))
     on_device = {} if torch_device.type == "cpu" or teacher.source.gguf_file else {"device_map": torch_device}
     try:
+        if not sys.stderr.isatty():  # a bar drawn into a log file is a hundred lines
+            hf_logging.disable_progress_bar()
         model, loading = AutoModelForCausalLM.from_pretrained(
             teacher.source.location,
             config=teacher.config,

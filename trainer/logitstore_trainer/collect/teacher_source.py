@@ -97,7 +97,7 @@ def _locate_on_hub(name: str) -> TeacherSource:
         raise ValueError(f"{name!r}: no such folder, and not a name that the hub could have; check --teacher") from None
     except GatedRepoError:
         raise PermissionError(
-            f"{name}: gated on the hub; accept its licence at https://huggingface.co/{name} and run `hf auth login`"
+            f"{name}: gated on the hub; accept its licence on its page there and run `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(

@@ -1,0 +1,200 @@
+"""What people store today, measured in the same run as our codecs: raw fp16, Parquet lists, DistillKit.
+
+Each is given its best reading. The lists and DistillKit store no tail: what their entries lack to a mass of 1 is
+spread uniformly over the other tokens (at least 1e-8 a token, DistillKit's own floor in `densify`), the row is
+normalised, and only then tempered. DistillKit is used only where a clone of it can be imported (put it on PYTHONPATH;
+it needs torch and pydantic); nothing of it is part of this project.
+
+Letters: L sequence length, R = L - 1 rows, N rows of several sequences, K entries kept, V vocabulary, W bytes a row.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from logitstore.logits_source import iter_logit_chunks
+from logitstore.topk import topk_with_tail
+from logitstore_trainer.bench.candidates import Candidate, Reconstruction
+from logitstore_trainer.bench.list_file import ListFile, Totals
+from logitstore_trainer.bench.logits_file import LogitsSample
+from logitstore_trainer.bench.timing import median_call
+
+ZSTD_LEVEL = 3
+_LEAST_MISSING_P = 1e-8
+
+
+class RawFp16Zstd:
+    """All logits in float16, one zstd frame a sample; the container adds the ids of the text, 4 bytes each."""
+
+    codec = "raw fp16 + zstd"
+    table_bytes = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.config = {"vocab_size": vocab_size, "dtype": "float16", "zstd_level": ZSTD_LEVEL}
+        self._vocab_size = vocab_size
+
+    def open(self, folder: Path) -> None:
+        self._file = (folder / "logits.fp16.zst").open("wb")
+        self._sums = np.zeros(4)
+
+    def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
+        rows = np.arange(len(sample.input_ids) - 1)
+        parts = iter_logit_chunks(sample.logits, rows, vocab_size=self._vocab_size)
+        logits_RV = np.concatenate([part.astype(np.float16) for part in parts])
+        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+        blob, encode_s = median_call(lambda: compressor.compress(logits_RV.data))
+        decoded, decode_s = median_call(lambda: np.frombuffer(zstandard.ZstdDecompressor().decompress(blob), "<f2"))
+        self._file.write(blob)
+        self._file.write(sample.input_ids.astype("<i4").tobytes())
+        self._sums += (len(rows), len(blob), encode_s, decode_s)
+        decoded_RV = decoded.reshape(logits_RV.shape)
+        return lambda temperature: _log_softmax(decoded_RV, temperature)
+
+    def close(self) -> Totals:
+        self._file.close()
+        n_rows, blob_bytes, encode_s, decode_s = self._sums
+        return Totals(int(n_rows), int(blob_bytes), Path(self._file.name).stat().st_size, encode_s, decode_s)
+
+
+class ParquetLists:
+    """Top-k ids and float32 log-probs as lists of lists, one Parquet row a sample, compressed by Parquet."""
+
+    codec = "parquet lists"
+    table_bytes = 0
+
+    def __init__(self, vocab_size: int, *, k: int, id_dtype: str, compression: str) -> None:
+        self.config = {"vocab_size": vocab_size, "k": k, "ids": id_dtype, "logprobs": "float32"}
+        self.config["compression"] = compression
+        self._vocab_size, self._k, self._id_dtype, self._compression = vocab_size, k, id_dtype, compression
+
+    def open(self, folder: Path) -> None:
+        self._file = ListFile(folder / "lists.parquet", self._compression)
+
+    def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
+        ids_RK, logps_RK = _topk(sample, self._k, self._vocab_size)
+        ids_RK = ids_RK.astype(self._id_dtype)
+        self._file.append(sample.input_ids, {"ids": ids_RK, "logprobs": logps_RK})
+        return lambda temperature: missing_mass_uniform(ids_RK, logps_RK, self._vocab_size, temperature)
+
+    def close(self) -> Totals:
+        return self._file.close()
+
+
+class DistillKit:
+    """One of DistillKit's configurations, through its own compressor; in a Parquet file of its own schema."""
+
+    table_bytes = 0
+
+    def __init__(self, name: str, vocab_size: int, options: Mapping[str, Any]) -> None:
+        from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
+
+        self.codec = f"DistillKit {name}"
+        self.config = {"d": vocab_size, **options}
+        self._compressor = LogprobCompressor(config=DistributionQuantizationConfig(d=vocab_size, **options))
+        self._vocab_size, self._k = vocab_size, int(options["k"])
+
+    def open(self, folder: Path) -> None:
+        self._file = ListFile(folder / "distillkit.parquet", "snappy")
+        self._sums = np.zeros(4)
+
+    def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
+        import torch
+
+        ids_RK, logps_RK = _topk(sample, self._k, self._vocab_size)
+        ids_1RK, logps_1RK = torch.from_numpy(ids_RK).long()[None], torch.from_numpy(logps_RK)[None]
+        with _one_torch_thread():
+            row, encode_s = median_call(lambda: self._compressor.compress_from_sparse(ids_1RK, logps_1RK))
+            decoded, decode_s = median_call(lambda: self._compressor.decompress_to_sparse(row))
+        planes = {name: plane[0].numpy() for name, plane in row.items()}
+        self._file.append(sample.input_ids, planes)
+        blob_bytes = sum(plane.nbytes for plane in planes.values())
+        self._sums += (len(ids_RK), blob_bytes, encode_s, decode_s)
+        ids, logps = decoded[0][0].numpy(), decoded[1][0].float().numpy()
+        return lambda temperature: missing_mass_uniform(ids, logps, self._vocab_size, temperature)
+
+    def close(self) -> Totals:
+        container = self._file.close()
+        _, blob_bytes, encode_s, decode_s = self._sums
+        return container._replace(blob_bytes=int(blob_bytes), encode_s=encode_s, decode_s=decode_s)
+
+
+_DK_RECOMMENDED = {
+    "k": 128, "exact_k": 16, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"],
+    "term_dtype": "float32", "residual_bins": [], "delta_encoding": False, "error_diffusion": False,
+}  # fmt: skip
+_DK_SMALL_FIT = {**_DK_RECOMMENDED, "polynomial_terms": [0, 1, "sqrt"]}
+_DK_FOUR_BIT_BIN = {"scale_dtype": "float16", "element_bits": 4, "num_elements": 60}
+DISTILLKIT_OPTIONS: dict[str, dict[str, Any]] = {
+    "recommended": _DK_RECOMMENDED,
+    "recommended, normalize_t": {**_DK_RECOMMENDED, "normalize_t": True},
+    "budget": {**_DK_SMALL_FIT, "k": 50, "exact_k": 1},
+    "tuned": {**_DK_SMALL_FIT, "k": 64, "exact_k": 4, "residual_bins": [_DK_FOUR_BIT_BIN]},
+    "exact": {**_DK_RECOMMENDED, "k": 64, "exact_k": 64, "polynomial_terms": None},
+}
+
+
+def rivals(vocab_size: int, *, quick: bool) -> tuple[list[Candidate], list[str]]:
+    """(candidates, notes on what could not be measured and why)."""
+    found: list[Candidate] = [RawFp16Zstd(vocab_size)]
+    for k in (64,) if quick else (16, 64, 128):
+        for id_dtype, compression in (("int64", "snappy"), ("int32", "zstd")):
+            if k <= vocab_size:
+                found.append(ParquetLists(vocab_size, k=k, id_dtype=id_dtype, compression=compression))
+    notes = []
+    if importlib.util.find_spec("distillkit") is None:
+        notes.append(
+            "DistillKit was not measured: it is not importable here. Put a clone of github.com/arcee-ai/DistillKit on "
+            "PYTHONPATH (it needs torch and pydantic) and run again."
+        )
+    else:
+        usable = {name: options for name, options in DISTILLKIT_OPTIONS.items() if options["k"] <= vocab_size}
+        found += [DistillKit(name, vocab_size, options) for name, options in usable.items()]
+    return found, notes
+
+
+def missing_mass_uniform(
+    ids_RK: NDArray[Any], logps_RK: NDArray[np.float32], vocab_size: int, temperature: float
+) -> NDArray[np.float32]:
+    """ln q_T [R, V]: entries as stored, 1 - their mass spread evenly over the others (1e-8 each at least), tempered."""
+    k = ids_RK.shape[1]
+    logps_RK = logps_RK.astype(np.float32)
+    missing_R1 = 1.0 - np.exp(logps_RK.astype(np.float64)).sum(axis=1, keepdims=True)
+    fill_R1 = np.log(np.maximum(missing_R1 / max(vocab_size - k, 1), _LEAST_MISSING_P)).astype(np.float32)
+    dense_RV = np.repeat(fill_R1, vocab_size, axis=1)
+    np.put_along_axis(dense_RV, ids_RK.astype(np.int64), logps_RK, axis=1)
+    return _log_softmax(dense_RV, temperature)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _topk(sample: LogitsSample, k: int, vocab_size: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    rows = np.arange(len(sample.input_ids) - 1)
+    parts = [topk_with_tail(part, k) for part in iter_logit_chunks(sample.logits, rows, vocab_size=vocab_size)]
+    return np.concatenate([part.ids for part in parts]), np.concatenate([part.logps for part in parts])
+
+
+def _log_softmax(x_RV: NDArray[Any], temperature: float) -> NDArray[np.float32]:
+    """float32 [R, V], computed in float64 in row chunks of 16 MiB."""
+    out_RV = np.empty(x_RV.shape, np.float32)
+    n_chunk = max(1, (16 << 20) // (8 * x_RV.shape[1]))
+    for start in range(0, len(x_RV), n_chunk):
+        part = x_RV[start : start + n_chunk].astype(np.float64) / temperature
+        part -= part.max(axis=1, keepdims=True)
+        out_RV[start : start + n_chunk] = part - np.log(np.exp(part).sum(axis=1, keepdims=True))
+    return out_RV
