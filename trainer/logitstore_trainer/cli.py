@@ -8,7 +8,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from logitstore.errors import CorruptionError, LogitStoreError
@@ -42,17 +42,26 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parsed(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def run() -> int:
+        args = _parsed(words)
         return args.run(args)
+
+    return one_line_errors(run)
+
+
+def one_line_errors(run: Callable[[], int]) -> int:
+    """The exit code of run(), every error that a user can cause turned into one line on standard error."""
+    try:
+        return run()
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except CorruptionError as error:
-        return _fail(str(error), 1)
+        return _fail(_one_line(error), 1)
     except (LogitStoreError, ValueError, OSError) as error:
         return _fail(_one_line(error), 2)
 

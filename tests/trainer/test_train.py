@@ -1,0 +1,289 @@
+"""`logitstore train`: what it writes, how it resumes, and what it refuses."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from logitstore_trainer import checkpoints
+from logitstore_trainer.evaluate import evaluate_student
+from logitstore_trainer.student import build_student
+from logitstore_trainer.train import TrainConfig, add_arguments, run, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import logitstore
+
+STUDENT = "llama:layers=2,width=32,heads=2,mlp=64"
+
+
+class InterruptAt(TrainerCallback):
+    """Ctrl-C after a number of optimizer steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def config(store_path, tmp_path):
+    """Eight steps over 1.3 epochs of twelve samples, in micro-batches of two and one."""
+    return TrainConfig(
+        student=STUDENT, data=[str(store_path)], out=str(tmp_path / "out"), steps=8, batch_size=1, grad_accum=2,
+        device="cpu", save_every=3, log_every=1, seed=11,
+    )  # fmt: skip
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def test_trains_evaluates_and_saves(config, store, slow_loss, tmp_path):
+    first = build_student(STUDENT, store, seed=config.seed).model.eval()
+    metrics = train(dataclasses.replace(config, eval_fraction=0.25, eval_every=4, batch_size=9, steps=20, lr=3e-2))
+    out = tmp_path / "out"
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held_out, learned = sorted(order[:3]), sorted(order[3:])
+    before = slow_loss(first, [store[i] for i in learned])
+    assert metrics["history"][0]["loss"] == pytest.approx(before.loss, rel=1e-5)
+    assert metrics["loss"] < 0.8 * before.loss
+    assert metrics["loss"] == pytest.approx(2.8 * metrics["kl"] + 0.3 * metrics["ce"], rel=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(str(out)).eval()
+    after = slow_loss(model, [store[i] for i in held_out])
+    assert metrics["eval_loss"] == pytest.approx(after.loss, rel=1e-5)
+    assert metrics["held_out"]["loss_nats"] == pytest.approx(after.ce, rel=1e-5)
+    again = evaluate_student(model, torch.utils.data.Subset(store, held_out), batch_size=9)
+    for name in ("n_tokens", "kl_store_nats", "top1_agreement"):
+        assert metrics["held_out"][name] == pytest.approx(getattr(again, name), rel=1e-5)
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [4, 8, 12, 16, 20, 20]
+    assert metrics["n_tokens"] == 20 * sum(len(store[i].input_ids) for i in learned)
+    assert metrics["tokens_per_s"] == pytest.approx(metrics["n_tokens"] / metrics["wall_s"])
+    assert json.loads((out / "train_metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert metrics["config"]["student"] == STUDENT
+    assert AutoTokenizer.from_pretrained(str(out)).get_vocab()["w5"] == 5
+    assert not list(out.glob("*partial*"))
+
+
+def test_alpha_zero_learns_from_the_labels_alone(config, store, slow_loss):
+    metrics = train(dataclasses.replace(config, alpha=0.0, steps=2))
+    assert [entry["loss"] for entry in metrics["history"] if "kl" in entry] == pytest.approx(
+        [entry["ce"] for entry in metrics["history"] if "kl" in entry], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_an_interrupted_run_resumes_to_the_same_bits(config, tmp_path, stop_at):
+    """Stopped before the first checkpoint, in the first epoch behind one, and in the second epoch."""
+    train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(config, callbacks=[InterruptAt(stop_at)])
+    kept = {1: "no checkpoint", 5: "checkpoint-3 is kept", 7: "checkpoint-6 is kept"}[stop_at]
+    assert str(caught.value).startswith(f"interrupted at step {stop_at}, {kept}")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    metrics = train(dataclasses.replace(config, resume=True))
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = [[entry["loss"] for entry in m["history"] if "kl" in entry] for m in (
+        metrics, json.loads((tmp_path / "whole" / "train_metrics.json").read_text()))]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(config, tmp_path):
+    train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAt(4)])
+    out = tmp_path / "out"
+    half = out / "checkpoint-4"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"\0" * 100)
+    assert checkpoints.last_complete_checkpoint(out) == out / "checkpoint-3"
+    train(dataclasses.replace(config, resume=True))
+    assert not half.exists()
+    whole, resumed = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class InterruptInsideSave(TrainerCallback):
+    """Ctrl-C after Trainer wrote a checkpoint's model, before its marker."""
+
+    def on_save(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_saving_leaves_nothing_half_written(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.MarkComplete, "on_save", InterruptInsideSave.on_save)
+    with pytest.raises(KeyboardInterrupt, match="no checkpoint had been written yet"):
+        train(config)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_config.json"]
+
+
+def test_ctrl_c_while_the_final_model_is_saved(config, tmp_path, monkeypatch):
+    """All steps are done: resuming only saves, and the logged losses are still there."""
+    train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_json", _interrupt_at_the_metrics(checkpoints.write_json))
+        with pytest.raises(KeyboardInterrupt, match="interrupted at step 8, checkpoint-8 is kept"):
+            train(config)
+    metrics = train(dataclasses.replace(config, resume=True))
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    finished = json.loads((tmp_path / "whole" / "train_metrics.json").read_text())
+    assert (metrics["kl"], metrics["steps"]) == (finished["kl"], 8)
+
+
+def _interrupt_at_the_metrics(write_json):
+    def write(path, value):
+        if path.name == checkpoints.METRICS_NAME:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    return write
+
+
+def test_a_finished_run_is_not_repeated(config, tmp_path, capsys):
+    metrics = train(dataclasses.replace(config, steps=2))
+    model = tmp_path / "out" / "model.safetensors"
+    written_ns = model.stat().st_mtime_ns
+    again = train(dataclasses.replace(config, steps=2, resume=True), callbacks=[InterruptAt(1)])
+    assert again == json.loads(json.dumps(metrics))
+    assert "finished: nothing to do" in capsys.readouterr().err
+    assert model.stat().st_mtime_ns == written_ns
+
+
+def test_resuming_with_other_settings_is_refused_naming_both(config):
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAt(2)])
+    with pytest.raises(logitstore.SpecMismatchError, match=r"alpha was 0.7, is 0.5; lr was None, is 0.1"):
+        train(dataclasses.replace(config, resume=True, lr=0.1, alpha=0.5))
+
+
+def test_resuming_with_another_store_is_refused(config, new_store, store, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAt(2)])
+    other = new_store(tmp_path / "other.parquet", dataset_sha256="beef", tokenizer_sha256=store.spec.tokenizer_sha256)
+    with pytest.raises(logitstore.SpecMismatchError, match="dataset_sha256 was None, is 'beef'"):
+        train(dataclasses.replace(config, resume=True, data=[str(other)]))
+
+
+def test_a_folder_in_use_is_refused(config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no training run"):
+        train(config)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    train(dataclasses.replace(config, steps=1))
+    with pytest.raises(ValueError, match="continue it with --resume, or choose another folder"):
+        train(dataclasses.replace(config, steps=1))
+
+
+def test_several_stores_are_one_data_set(config, store_path, new_store, store, tmp_path):
+    other = new_store(tmp_path / "b.parquet", seed=5, tokenizer_sha256=store.spec.tokenizer_sha256)
+    both = dataclasses.replace(config, data=[str(store_path), str(other)], steps=None, batch_size=4, grad_accum=1)
+    metrics = train(both)
+    assert metrics["steps"] == 6
+    assert metrics["n_tokens"] == store.n_tokens + logitstore.open(other).n_tokens
+
+
+def test_a_student_of_another_family_is_refused(config, new_student, other_tokenizer, tmp_path):
+    folder = tmp_path / "qwen"
+    new_student(3).save_pretrained(str(folder))
+    other_tokenizer.save_pretrained(str(folder))
+    with pytest.raises(logitstore.SpecMismatchError, match="is not the teacher's"):
+        train(dataclasses.replace(config, student=str(folder)))
+    assert train(dataclasses.replace(config, steps=1))["steps"] == 1  # the folder is still free
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 1.5}, r"--alpha 1.5 must lie in \[0, 1\]"),
+        ({"temperature": 0.0}, r"--temperature 0.0 must be above 0"),
+        ({"steps": 0}, "--steps 0 must be above 0"),
+        ({"eval_fraction": 1.0}, r"--eval-fraction 1.0 must lie"),
+        ({"eval_fraction": 0.1, "eval_data": "x"}, "exclude each other"),
+        ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bf16, fp32"),
+        ({"data": "x.parquet"}, "must be a list"),
+        ({"save_every": -1}, "must not be negative"),
+        ({"tail": "dense"}, "tail='dense'"),
+    ],
+)
+def test_settings_that_make_no_run_are_refused(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(config, **settings))
+
+
+def test_a_missing_store_is_refused_before_the_folder_is_made(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no store at .*missing\.parquet"):
+        train(dataclasses.replace(config, data=[str(tmp_path / "missing.parquet")]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(config):
+    with pytest.raises(ValueError, match="--device cuda: this PyTorch sees no such device"):
+        train(dataclasses.replace(config, device="cuda"))
+
+
+def test_the_command_line_has_the_defaults_of_the_config(config, store_path, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    required = ["--student", STUDENT, "--data", str(store_path), "--out", str(tmp_path / "cli")]
+    args = parser.parse_args(required)
+    assert TrainConfig(**vars(args)) == TrainConfig(
+        student=STUDENT, data=[str(store_path)], out=str(tmp_path / "cli")
+    )
+    args = parser.parse_args([*required, "--steps", "3", "--device", "cpu", "--eval-fraction", "0.2", "--lr", "0.01"])
+    assert run(args) == 0
+    printed = capsys.readouterr().out
+    assert "3 steps of" in printed
+    assert "held out: cross-entropy" in printed
+    assert (tmp_path / "cli" / "model.safetensors").exists()
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    code = (
+        "import argparse, sys; from logitstore_trainer.train import add_arguments; "
+        "p = argparse.ArgumentParser(); add_arguments(p); p.format_help(); "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+FULL_DISK = """
+import resource, sys
+from logitstore_trainer.train import TrainConfig, train
+import logitstore_trainer.training_run
+for limit_bytes in map(int, sys.argv[4:]):
+    out = f"{sys.argv[3]}-{limit_bytes}"
+    config = TrainConfig(student=sys.argv[1], data=[sys.argv[2]], out=out, steps=2, device="cpu", save_every=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    try:
+        train(config)
+    except OSError as error:
+        print("OSError:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file there")
+def test_a_disk_that_takes_no_more_is_one_line(store_path, tmp_path):
+    """The model is 97 kB, the optimizer state twice that: the limit meets the one, then the other."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, STUDENT, str(store_path), str(out), "50000", "120000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 2
+    for line, limit_bytes in zip(lines, (50000, 120000), strict=True):
+        folder = f"{out}-{limit_bytes}"
+        assert line.startswith(f"OSError: cannot write to {folder}, is the disk full?")
+        assert checkpoints.last_complete_checkpoint(tmp_path / f"out-{limit_bytes}") is None

@@ -1,0 +1,124 @@
+"""The output folder of a training run: what it was started with, its complete checkpoints, and the final model.
+
+Trainer writes a checkpoint as a folder of files in place, so a run that is killed leaves half of one under a name like
+any other. A checkpoint counts here once it holds a marker file, written after everything else; what has none is
+ignored when resuming and removed. The final model is written to a side folder and moved; the metrics come last, so a
+folder with metrics is a finished run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from logitstore.errors import SpecMismatchError
+
+METRICS_NAME = "train_metrics.json"
+_IDENTITY_NAME = "train_config.json"
+_MARKER_NAME = "checkpoint_is_complete"
+_PARTIAL_NAME = "final-model.partial"
+# torch.save raises a bare RuntimeError; these are the C++ parts of it that write.
+_TORCH_SAVE_ERRORS = ("inline_container", "PytorchStreamWriter")
+
+
+class MarkComplete(TrainerCallback):
+    """Marks each checkpoint once Trainer has written all of it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _MARKER_NAME).touch()
+
+
+def last_complete_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    complete = [path for path in _checkpoints(out) if (path / _MARKER_NAME).exists()]
+    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def remove_partial(out: Path) -> None:
+    """Deletes what a killed or interrupted run left half-written in its output folder."""
+    for path in [*_checkpoints(out), out / _PARTIAL_NAME]:
+        if path.is_dir() and not (path / _MARKER_NAME).exists():
+            shutil.rmtree(path)
+    for path in out.glob("*.json.partial"):
+        path.unlink()
+
+
+def check_folder(out: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    """Makes the output folder, or checks that the run in it is the one to continue; `identity` is what the run is.
+
+    Raises ValueError if the folder holds something and resume is False, or if that is no training run,
+    SpecMismatchError naming both values if it was started with other settings or data, OSError if it cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder to make")
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        return
+    recorded = out / _IDENTITY_NAME
+    if not recorded.exists():
+        raise ValueError(f"--out {out} is not empty and holds no training run: choose another folder")
+    if not resume:
+        raise ValueError(f"--out {out} holds a training run: continue it with --resume, or choose another folder")
+    before = json.loads(recorded.read_text())
+    now = json.loads(json.dumps(identity))
+    differing = [key for key in now if before.get(key) != now[key]]
+    if differing:
+        what = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in differing)
+        raise SpecMismatchError(
+            f"cannot resume {out}: {what}. Resume with the settings it was started with, or choose another folder"
+        )
+
+
+def start_folder(out: Path, identity: Mapping[str, Any]) -> None:
+    """Records what the run is, once nothing stands in its way, and removes what an earlier one left half-written."""
+    write_json(out / _IDENTITY_NAME, identity)
+    remove_partial(out)
+
+
+def read_metrics(out: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run, or None."""
+    path = out / METRICS_NAME
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def save_final_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Writes safetensors, configuration and tokenizer files into `out`, each file moved there whole."""
+    partial = out / _PARTIAL_NAME
+    model.save_pretrained(str(partial))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(partial))
+    for path in sorted(partial.iterdir()):
+        os.replace(path, out / path.name)
+    partial.rmdir()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+@contextmanager
+def write_errors_named(out: Path) -> Iterator[None]:
+    """Turns what safetensors and torch.save raise when a disk is full into an OSError that names the folder."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not isinstance(error, SafetensorError) and not any(name in str(error) for name in _TORCH_SAVE_ERRORS):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"cannot write to {out}, is the disk full? ({reason}) What was complete is kept, --resume continues"
+        ) from error
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]

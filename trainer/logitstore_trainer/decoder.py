@@ -1,0 +1,98 @@
+"""From a collated batch to the teacher that the loss kernels take, with what a store says once instead of per row.
+
+Today that is the vocabulary size alone, so the module holds no tensors; value tables and tail models belong here. A
+dataset built from several stores is accepted only if one decoder serves them all.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from logitstore_kernels import TeacherBatch
+
+from logitstore.errors import SpecMismatchError
+
+if TYPE_CHECKING:
+    from logitstore import LogitStore, StoreSpec
+
+
+class TeacherDecoder(torch.nn.Module):
+    """Decodes batches of one store: `TeacherDecoder(store).to(device)(batch)` is a TeacherBatch of B * L rows.
+
+    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's.
+    """
+
+    def __init__(self, store: "LogitStore") -> None:
+        super().__init__()
+        self.spec: StoreSpec = store.spec
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> TeacherBatch:
+        """The teacher of a batch made by `collate`, on the batch's device.
+
+        Raises ValueError if the teacher's columns are missing, as when another collator made the batch.
+        """
+        if "teacher_ids" not in batch:
+            raise ValueError(
+                f"the batch has no teacher_ids, only {', '.join(sorted(batch))}: "
+                "pass data_collator=logitstore_trainer.collate and a LogitStore as the dataset"
+            )
+        return TeacherBatch.from_collated(batch, vocab_size=self.spec.vocab_size)
+
+
+def decoder_for_dataset(dataset: Any) -> TeacherDecoder:
+    """The decoder that serves every store in a dataset: a LogitStore, or Subset / ConcatDataset / list / dict of them.
+
+    Raises TypeError or ValueError for a dataset that is not made of stores, and SpecMismatchError, naming both stores,
+    if they differ in vocabulary, tokenizer, codec or teacher.
+    """
+    stores = list(_stores_in(dataset))
+    if not stores:
+        raise ValueError("the dataset holds no store: pass an opened LogitStore, or decoder=TeacherDecoder(store)")
+    for other in stores[1:]:
+        check_same_teacher(stores[0], other)
+    return TeacherDecoder(stores[0])
+
+
+def check_same_teacher(first: "LogitStore", other: "LogitStore") -> None:
+    """Raises SpecMismatchError if two stores differ in vocabulary, tokenizer, codec or teacher; the text may differ."""
+    ours, theirs = _identity(first.spec), _identity(other.spec)
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        what = "; ".join(f"{name} {ours[name]} against {theirs[name]}" for name in differing)
+        raise SpecMismatchError(
+            f"{_name(first)} and {_name(other)} cannot be used together: {what}. "
+            "Train from one of them, or collect both in the same way"
+        )
+
+
+def _identity(spec: "StoreSpec") -> dict[str, Any]:
+    return {
+        "vocab_size": spec.vocab_size,
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "codec": spec.codec.config,
+        "teacher": spec.teacher_sha256 or spec.teacher,
+    }
+
+
+def _stores_in(dataset: Any) -> Iterable["LogitStore"]:
+    if isinstance(dataset, torch.utils.data.Subset):
+        yield from _stores_in(dataset.dataset)
+    elif isinstance(dataset, torch.utils.data.ConcatDataset):
+        for part in dataset.datasets:
+            yield from _stores_in(part)
+    elif isinstance(dataset, list | tuple):
+        for part in dataset:
+            yield from _stores_in(part)
+    elif isinstance(dataset, dict):
+        yield from _stores_in(list(dataset.values()))
+    elif hasattr(dataset, "spec"):
+        yield dataset
+    else:
+        raise TypeError(
+            f"cannot see which store a {type(dataset).__name__} reads: pass an opened LogitStore, "
+            "a Subset or ConcatDataset of them, or decoder=TeacherDecoder(store)"
+        )
+
+
+def _name(store: "LogitStore") -> str:
+    return f"store {getattr(store, 'path', None) or 'without a path'}"

@@ -1,0 +1,219 @@
+"""Distillation on transformers' Trainer: a mixin that computes the loss, and Trainer with the mixin applied.
+
+The loss of an optimizer step is the sum over its valid tokens divided by their number over all micro-batches and
+ranks, so gradient accumulation gives the gradient of one big batch. Trainer counts those tokens from the labels;
+`collate` sets to -100 every label whose teacher row is absent, so both sides count the same. The model is called
+without labels: its own loss would cost a second softmax and be thrown away.
+
+Training adds no host synchronisation to Trainer's own: the parts of the loss stay on the device until they are logged.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from logitstore_kernels import distillation_loss_parts
+from transformers import Trainer
+
+from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
+from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset
+from logitstore_trainer.student import check_tokenizer, check_vocabulary
+
+TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_tail_logmass", "teacher_tail_logmoment_half")
+_LOSS_TAIL_OF_CODEC = {"residual": "bucket"}
+
+
+def default_tail(decoder: TeacherDecoder) -> str:
+    """How the loss treats the tail that the store's codec keeps: "bucket" for residual mass.
+
+    Raises ValueError for a codec without a default.
+    """
+    tail = decoder.spec.codec.config.get("tail")
+    if tail not in _LOSS_TAIL_OF_CODEC:
+        raise ValueError(f"no default for a store with tail={tail!r}: pass tail='bucket', 'uniform' or another")
+    return _LOSS_TAIL_OF_CODEC[tail]
+
+
+class DistillationMixin:
+    """Makes a Trainer minimise alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy, mean over tokens.
+
+    Put it before a Trainer class. `temperature` is T, on both sides; `alpha` is in [0, 1]; `tail` as in
+    `distillation_loss`, None for what suits the store. `decoder` is built from train_dataset (or eval_dataset) unless
+    given; the collator defaults to `collate` with the tokenizer's pad token. `kl` (without alpha and T^2) and `ce` are
+    logged beside the loss; evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
+
+    Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
+    options that would replace this loss.
+    """
+
+    # The loss is already a share of the whole accumulated batch; Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        temperature: float = 2.0,
+        alpha: float = 0.7,
+        tail: str | None = None,
+        decoder: TeacherDecoder | None = None,
+        **kwargs: Any,
+    ) -> None:
+        bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        given = bound.arguments
+        _refuse_other_losses(given)
+        if decoder is None:
+            datasets = [given.get("train_dataset"), given.get("eval_dataset")]
+            decoder = decoder_for_dataset([dataset for dataset in datasets if dataset is not None])
+        tokenizer = getattr(given.get("processing_class"), "tokenizer", given.get("processing_class"))
+        if tokenizer is not None:
+            check_tokenizer(decoder.spec, tokenizer)
+        if given.get("data_collator") is None:
+            given["data_collator"] = partial(collate, pad_token_id=_pad_token_id(tokenizer))
+        self.temperature, self.alpha, self.tail = temperature, alpha, tail or default_tail(decoder)
+        self._train_parts, self._eval_parts = _Sums(), _Sums()
+        self._parts_since_step = 0
+        self._n_tokens_seen: torch.Tensor | int = 0
+        super().__init__(*bound.args, **bound.kwargs)
+        check_vocabulary(decoder.spec, self.model)
+        self.decoder = decoder.to(self.args.device)
+        # Makes Trainer count the labels of a step whatever the model's forward takes, and (before 5.23) not divide.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the step's loss: the sum over its valid tokens / num_items_in_batch, times the ranks.
+
+        DDP averages gradients over ranks, hence the factor. Without num_items_in_batch: the mean over the batch.
+        """
+        teacher = self.decoder(inputs)
+        labels_N = next_token_labels(inputs["labels"])
+        forward_inputs = {k: v for k, v in inputs.items() if k not in TEACHER_COLUMNS and k != "labels"}
+        outputs = model(**forward_inputs)
+        n_items, n_ranks = self._denominator(num_items_in_batch)
+        parts = distillation_loss_parts(
+            outputs.logits.flatten(0, 1),
+            teacher,
+            labels_N,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            tail=self.tail,
+            ignore_index=IGNORE_INDEX,
+            num_items_in_batch=n_items,
+        )
+        loss = parts.loss * n_ranks
+        if model.training:
+            if self._train_parts.empty:
+                self._parts_since_step = self.state.global_step
+            self._train_parts.add(kl=parts.kl * n_ranks, ce=parts.ce * n_ranks)
+            self._n_tokens_seen = self._n_tokens_seen + inputs["attention_mask"].sum()
+        else:
+            n_items = (labels_N != IGNORE_INDEX).sum() if n_items is None else n_items
+            shares = {"loss": loss.detach(), "kl": parts.kl * n_ranks, "ce": parts.ce * n_ranks}
+            self._eval_parts.add(tokens=n_items, **{k: v * n_items for k, v in shares.items()})
+        return (loss, outputs) if return_outputs else loss
+
+    def _denominator(self, num_items: torch.Tensor | int | None) -> tuple[torch.Tensor | int | None, int]:
+        """What the sum over this process's tokens is divided by, and the ranks over which Trainer counted them."""
+        if num_items is None:
+            return None, 1
+        if torch.is_tensor(num_items):
+            num_items = num_items.clamp(min=1)  # a step without a valid token has a loss of 0, not 0 / 0
+        if self.args.n_gpu > 1:
+            # DataParallel: the logits of all devices are gathered here, and the count comes repeated per device.
+            total = num_items.reshape(-1)[0] if torch.is_tensor(num_items) else num_items
+            return (total if self.args.average_tokens_across_devices else total * self.args.n_gpu), 1
+        if not self.args.average_tokens_across_devices:
+            return num_items, 1
+        return num_items, self.accelerator.num_processes // self.get_tp_size()
+
+    def n_local_tokens_seen(self) -> int:
+        """Tokens (pads not counted) that this process has trained on since it was made; waits for the device."""
+        return int(self._n_tokens_seen)
+
+    def n_tokens_seen(self) -> int:
+        """The same of all ranks; every rank must call it."""
+        local = torch.as_tensor(self._n_tokens_seen, device=self.accelerator.device).reshape(1)
+        return int(self.accelerator.gather(local).sum())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds kl and ce, means over the steps since the last log like Trainer's loss, and logs."""
+        if "loss" in logs and not self._train_parts.empty:
+            n_steps = max(self.state.global_step - self._parts_since_step, 1)
+            parts = self._train_parts.take(self.accelerator)
+            logs.update({name: value / n_steps for name, value in parts.items()})
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Trainer's loop, with loss, kl and ce as means over all tokens: Trainer's own is a mean of batch means."""
+        self._eval_parts = _Sums()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if not self._eval_parts.empty:
+            sums = self._eval_parts.take(self.accelerator)
+            n_tokens = sums.pop("tokens")
+            if n_tokens > 0:
+                output.metrics.update({f"{metric_key_prefix}_{k}": v / n_tokens for k, v in sums.items()})
+        return output
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The model's forward does not take them, so Trainer would drop them as unused.
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in TEACHER_COLUMNS if name not in self._signature_columns]
+
+
+class DistillationTrainer(DistillationMixin, Trainer):
+    """transformers' Trainer for distillation from a store: see DistillationMixin for the four added arguments."""
+
+
+class _Sums:
+    """Named sums of device scalars, read by the host only when they are taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._sums
+
+    def add(self, **values: torch.Tensor | int) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """Mean over the ranks of each sum, as a number, and starts again from zero."""
+        names = list(self._sums)
+        device = accelerator.device
+        stacked = torch.stack([torch.as_tensor(self._sums[name], device=device).float() for name in names])
+        self._sums = {}
+        means = accelerator.gather(stacked.unsqueeze(0)).mean(dim=0).tolist()
+        return dict(zip(names, means, strict=True))
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    # Pads are masked everywhere, so any id in range will do where the tokenizer has none.
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return 0 if pad is None else pad
+
+
+def _refuse_other_losses(given: dict[str, Any]) -> None:
+    if given.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func would be ignored: DistillationMixin computes the loss; leave it out")
+    smoothing = getattr(given.get("args"), "label_smoothing_factor", 0)
+    if smoothing:
+        raise ValueError(
+            f"label_smoothing_factor={smoothing} would be ignored: DistillationMixin computes the loss; set it to 0"
+        )

@@ -1,0 +1,214 @@
+"""One run of the bundled trainer, on transformers' Trainer: from a store and a student to a folder with the model.
+
+Weights and optimizer are float32; `bf16` means autocast. Interrupted at any instant, the run continues from its last
+complete checkpoint and ends in the weights it would have had (bit for bit on a CPU): order of samples, optimizer,
+schedule and random state are restored. What has been trained since that checkpoint is trained again.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as hf_logging
+
+import logitstore
+from logitstore_trainer import checkpoints
+from logitstore_trainer.evaluate import evaluate_student
+from logitstore_trainer.hf_trainer import DistillationTrainer
+from logitstore_trainer.student import Student, build_student
+from logitstore_trainer.train import TrainConfig
+from logitstore_trainer.train_progress import ReportProgress
+
+# What may change between a run and its resumption without changing the weights.
+_FREE_SETTINGS = ("out", "resume", "device", "save_every", "eval_every", "log_every", "report_to", "workers")
+_FROM_SCRATCH_LR, _LOADED_LR = 1e-3, 5e-5
+
+
+def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """The metrics of the run that `config` asks for; see `logitstore_trainer.train.train`."""
+    _check_device(config)
+    with _transformers_display_kept():
+        return _run(config, callbacks)
+
+
+def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
+    out = Path(config.out)
+    train_set, eval_set, store = _open_data(config)
+    identity = _identity(config, train_set, store)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        checkpoints.check_folder(out, identity, resume=config.resume)
+    finished = checkpoints.read_metrics(out)
+    if finished is not None:
+        print(f"{out} holds this run, finished: nothing to do", file=sys.stderr)
+        return finished
+    student = build_student(config.student, store, seed=config.seed)
+    trainer = _make_trainer(config, student, train_set, eval_set, callbacks)
+    if is_main:
+        checkpoints.start_folder(out, identity)
+    try:
+        with checkpoints.write_errors_named(out):
+            return _train_and_save(config, student, trainer, eval_set, out)
+    except KeyboardInterrupt as interrupt:
+        checkpoints.remove_partial(out)
+        kept = checkpoints.last_complete_checkpoint(out)
+        state = f"{kept.name} is kept" if kept else "no checkpoint had been written yet"
+        raise KeyboardInterrupt(
+            f"interrupted at step {trainer.state.global_step}, {state}; --resume continues"
+        ) from interrupt
+
+
+def _train_and_save(
+    config: TrainConfig, student: Student, trainer: DistillationTrainer, eval_set: Any, out: Path
+) -> dict[str, Any]:
+    checkpoint = checkpoints.last_complete_checkpoint(out)
+    start_s = time.perf_counter()
+    state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state is not None and state.global_step >= state.max_steps:
+        # Trainer would take one more step before it noticed.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = _metrics(config, student, trainer, eval_set, wall_s=time.perf_counter() - start_s)
+    if trainer.is_world_process_zero():
+        checkpoints.save_final_model(trainer.accelerator.unwrap_model(trainer.model), student.tokenizer, out)
+        checkpoints.write_json(out / checkpoints.METRICS_NAME, metrics)
+    return metrics
+
+
+def _open_data(config: TrainConfig) -> tuple[Any, Any, logitstore.LogitStore]:
+    """The training set, the held-out set or None, and the first store."""
+    stores = [logitstore.open(path) for path in config.data]
+    train_set = stores[0] if len(stores) == 1 else torch.utils.data.ConcatDataset(stores)
+    eval_set = logitstore.open(config.eval_data) if config.eval_data else None
+    if config.eval_fraction:
+        n_eval = max(round(len(train_set) * config.eval_fraction), 1)
+        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        eval_set = torch.utils.data.Subset(train_set, sorted(order[:n_eval]))
+        train_set = torch.utils.data.Subset(train_set, sorted(order[n_eval:]))
+    if len(train_set) == 0:
+        raise ValueError(f"{' and '.join(config.data)} leaves no sample to train on")
+    return train_set, eval_set, stores[0]
+
+
+def _make_trainer(
+    config: TrainConfig, student: Student, train_set: Any, eval_set: Any, callbacks: Sequence[Any]
+) -> DistillationTrainer:
+    lr = config.lr if config.lr is not None else (_FROM_SCRATCH_LR if student.from_scratch else _LOADED_LR)
+    args = TrainingArguments(
+        output_dir=config.out,
+        num_train_epochs=config.epochs,
+        max_steps=config.steps if config.steps is not None else -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=lr,
+        warmup_steps=config.warmup,
+        lr_scheduler_type="cosine",
+        bf16=_use_bf16(config),
+        use_cpu=config.device == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 1,
+        save_total_limit=2,
+        eval_strategy="steps" if eval_set is not None and config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        prediction_loss_only=True,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        disable_tqdm=True,
+        log_level="error",  # its warnings name the tied head as missing from every checkpoint
+        report_to=config.report_to,
+    )
+    trainer = DistillationTrainer(
+        model=student.model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=student.tokenizer,
+        temperature=config.temperature,
+        alpha=config.alpha,
+        tail=config.tail,
+        callbacks=[checkpoints.MarkComplete(), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ReportProgress(trainer))
+    return trainer
+
+
+def _metrics(
+    config: TrainConfig, student: Student, trainer: DistillationTrainer, eval_set: Any, *, wall_s: float
+) -> dict[str, Any]:
+    history = trainer.state.log_history
+    logged = [entry for entry in history if "kl" in entry]
+    last = logged[-1] if logged else {}
+    n_tokens = trainer.n_tokens_seen()
+    metrics = {
+        **{name: last.get(name) for name in ("loss", "kl", "ce")},
+        "steps": trainer.state.global_step,
+        "epoch": trainer.state.epoch,
+        "n_parameters": sum(parameter.numel() for parameter in student.model.parameters()),
+        "wall_s": wall_s,
+        "n_tokens": n_tokens,
+        "tokens_per_s": n_tokens / wall_s,
+    }
+    if eval_set is not None:
+        evaluated = trainer.evaluate()
+        metrics.update({name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")})
+        held_out = evaluate_student(trainer.model, eval_set, trainer.decoder, batch_size=config.batch_size)
+        metrics["held_out"] = held_out.to_json()
+    return {**metrics, "config": {**asdict(config), "data": list(config.data)}, "history": history}
+
+
+def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore) -> dict[str, Any]:
+    settings = {key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS}
+    spec = store.spec
+    return {
+        **settings,
+        "data": [str(path) for path in config.data],
+        "n_samples": len(train_set),
+        "teacher": spec.teacher,
+        "vocab_size": spec.vocab_size,
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "dataset_sha256": spec.dataset_sha256,
+        "codec": dict(spec.codec.config),
+    }
+
+
+@contextmanager
+def _transformers_display_kept() -> Iterator[None]:
+    """Hides the bars of transformers, one for each file, between which ours would drown; puts back what was set."""
+    bars_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars_on:
+            hf_logging.enable_progress_bar()
+
+
+def _check_device(config: TrainConfig) -> None:
+    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[config.device]:
+        raise ValueError(f"--device {config.device}: this PyTorch sees no such device here; use --device cpu or auto")
+
+
+def _use_bf16(config: TrainConfig) -> bool:
+    # On a CPU without bf16 units autocast is several times slower than float32, so auto means CUDA only.
+    if config.dtype == "auto":
+        return config.device in ("auto", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return config.dtype == "bf16"
