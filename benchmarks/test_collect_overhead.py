@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import logitstore
 from logitstore_kernels import topk_with_tail
 from logitstore_trainer.collect.forward import choose_forward
 from logitstore_trainer.collect.teacher import Teacher, TeacherInfo, choose_device, choose_dtype, load_teacher
 from logitstore_trainer.collect.teacher_source import TeacherSource
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import logitstore
 
 K = 64
 BATCH_SIZE, LENGTH = 4, 256

@@ -1,0 +1,15 @@
+"""Losses that train a student on compressed teacher distributions, and the reduction of teacher logits to them."""
+
+from logitstore_kernels.distillation_loss import distillation_loss, distillation_loss_parts
+from logitstore_kernels.loss_arguments import DistillationLossParts
+from logitstore_kernels.teacher_batch import TeacherBatch
+from logitstore_kernels.topk import TopKWithTail, topk_with_tail
+
+__all__ = [
+    "DistillationLossParts",
+    "TeacherBatch",
+    "TopKWithTail",
+    "distillation_loss",
+    "distillation_loss_parts",
+    "topk_with_tail",
+]

@@ -1,0 +1,166 @@
+"""The distillation loss over row chunks, value and analytic gradient in one pass: the fast path for CPU and MPS.
+
+A chunk of logits is copied to one buffer (two where cross-entropy and KL need different temperatures), turned into the
+gradient there (chunk_math.py), and written out; nothing of N * V elements is made besides the gradient, and with
+inplace=True not even that. Computes in float32, in float64 for float64 logits. The price: the gradient exists before
+backward() asks for it, and it cannot be differentiated again.
+
+Letters: N rows, C rows of a chunk, V vocabulary, W logits columns (W >= V). T is the temperature.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitstore_kernels.chunk_math import (
+    KnownRows,
+    LossTerms,
+    known_rows,
+    needs_two_exponentials,
+    stream,
+    values,
+    write_gradient,
+)
+from logitstore_kernels.loss_arguments import compute_dtype
+from logitstore_kernels.row_chunks import row_chunks, rows_per_chunk
+from logitstore_kernels.teacher_batch import TeacherBatch
+
+
+class LossRows(NamedTuple):
+    """Per-row values [N], 0 in rows that do not count: the loss, which carries the graph, and its two parts."""
+
+    loss_N: Tensor
+    kl_N: Tensor
+    ce_N: Tensor
+
+
+def chunked_loss_rows(
+    logits_NW: Tensor,
+    teacher: TeacherBatch,
+    labels_N: Tensor,
+    counted_N: Tensor,
+    terms: LossTerms,
+    *,
+    expected_upstream: Tensor,
+    inplace: bool = False,
+    skip_uncounted: bool | None = None,
+) -> LossRows:
+    """alpha * T^2 * KL + (1 - alpha) * CE of each row, differentiable once with respect to logits_NW.
+
+    logits_NW: [N, W] of any float dtype; the gradient has that dtype.
+    expected_upstream: 0 axes, compute dtype; what a row's loss is going to be multiplied with. It is folded into the
+        stored gradient, so that the factor in backward() is 1 and the gradient is rounded once.
+    inplace: True, where a gradient is wanted, mutates logits_NW: it becomes the gradient and its version counter moves
+        on, so that autograd notices whoever needed the logits.
+    skip_uncounted: whether rows that do not count are left out, which saves their time, or computed and zeroed; finding
+        them synchronises with the host, so by default only on a CPU.
+    """
+    if skip_uncounted is None:
+        skip_uncounted = logits_NW.device.type == "cpu"
+    if torch.is_grad_enabled() and logits_NW.requires_grad:
+        return LossRows(
+            *_ChunkedLoss.apply(
+                logits_NW, teacher, labels_N, counted_N, terms, expected_upstream, inplace, skip_uncounted
+            )
+        )
+    return _run(logits_NW.detach(), teacher, labels_N, counted_N, terms, expected_upstream, None, skip_uncounted)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NW, teacher, labels_N, counted_N, terms, expected_upstream, inplace, skip_uncounted):
+        # float16 has no room for gradients divided by N before a GradScaler has multiplied them.
+        if logits_NW.dtype == torch.float16:
+            expected_upstream = torch.ones_like(expected_upstream)
+        logits_NW = logits_NW.detach()  # shares the version counter
+        gradient_NW = logits_NW if inplace else torch.empty_like(logits_NW)
+        rows = _run(logits_NW, teacher, labels_N, counted_N, terms, expected_upstream, gradient_NW, skip_uncounted)
+        ctx.gradient_NW, ctx.expected_upstream = gradient_NW, expected_upstream
+        ctx.mark_non_differentiable(rows.kl_N, rows.ce_N)
+        ctx.set_materialize_grads(False)
+        return tuple(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream_N, _kl, _ce):
+        if upstream_N is None:
+            return (None,) * 8
+        gradient_NW = ctx.gradient_NW
+        if gradient_NW is None:
+            raise RuntimeError(
+                "the distillation loss was differentiated a second time; its gradient was handed out by the first "
+                "backward(). Pass retain_graph=True to that one, or compute the loss again"
+            )
+        if _graph_is_kept():
+            gradient_NW = gradient_NW.clone()
+        else:
+            ctx.gradient_NW = None
+        _scale_rows(gradient_NW, upstream_N / ctx.expected_upstream)
+        return gradient_NW, *(None,) * 7
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward() runs with retain_graph=True, so that it may be followed by another one.
+
+    Where PyTorch does not say (the call is private to it), yes: that costs a copy of the gradient, nothing else.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
+
+
+def _scale_rows(gradient_NW: Tensor, factor_N: Tensor) -> None:
+    """Multiply each row in place, by chunks: mixed dtypes on a CPU make a float32 copy of all they are given."""
+    if factor_N.device.type == "cpu" and bool((factor_N == 1).all()):
+        return
+    chunk_rows = _rows_per_chunk(gradient_NW)
+    for start in range(0, gradient_NW.shape[0], chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        gradient_NW[rows].mul_(factor_N[rows, None])
+
+
+def _rows_per_chunk(logits_NW: Tensor) -> int:
+    return rows_per_chunk(compute_dtype(logits_NW).itemsize * logits_NW.shape[1], logits_NW.device)
+
+
+@torch.no_grad()
+def _run(
+    logits_NW: Tensor,
+    teacher: TeacherBatch,
+    labels_N: Tensor,
+    counted_N: Tensor,
+    terms: LossTerms,
+    expected_upstream: Tensor,
+    gradient_NW: Tensor | None,
+    skip_uncounted: bool,
+) -> LossRows:
+    """The values of all rows and, unless gradient_NW is None, their gradient * expected_upstream written into it."""
+    n_rows, vocab_size = logits_NW.shape[0], teacher.vocab_size
+    known = known_rows(teacher, labels_N, counted_N, terms, compute_dtype(logits_NW))
+    kl_N, ce_N = torch.zeros_like(known.n_tail_C), torch.zeros_like(known.n_tail_C)
+    chunk_rows = min(_rows_per_chunk(logits_NW), n_rows)
+    buffers = known.logt_CK.new_empty(2 if needs_two_exponentials(terms) else 1, chunk_rows, vocab_size)
+    if gradient_NW is not None:
+        gradient_NW[:, vocab_size:] = 0
+        if skip_uncounted:
+            gradient_NW[~counted_N] = 0
+    for rows, runs in row_chunks(counted_N, max(chunk_rows, 1), skip_uncounted=skip_uncounted):
+        chunk = KnownRows(*(value[rows] for value in known))
+        x_CV, *scratch_CV = buffers[:, : len(chunk.label_C)]
+        for buffer_rows, run in runs:
+            x_CV[buffer_rows].copy_(logits_NW[run, :vocab_size])
+        student = stream(x_CV, scratch_CV, chunk, terms)
+        kl_N[rows], ce_N[rows] = values(student, chunk, terms)
+        if gradient_NW is not None:
+            write_gradient(x_CV, scratch_CV, student, chunk, terms, expected_upstream)
+            if not skip_uncounted:
+                x_CV.masked_fill_(~chunk.counted_C[:, None], 0)
+            for buffer_rows, run in runs:
+                gradient_NW[run, :vocab_size] = x_CV[buffer_rows]
+    loss_N = torch.zeros_like(kl_N)
+    if terms.alpha > 0:
+        loss_N.add_(kl_N, alpha=terms.alpha * terms.temperature**2)
+    if terms.alpha < 1:
+        loss_N.add_(ce_N, alpha=1 - terms.alpha)
+    return LossRows(loss_N, kl_N, ce_N)

@@ -1,0 +1,129 @@
+"""distillation_loss: KL to a compressed teacher plus cross-entropy, the front door of the losses.
+
+Checks the arguments, finds the rows that count, and hands them to the fast path: row chunks in plain PyTorch
+(chunked.py), on every device. reference.py is the same loss written for reading.
+"""
+
+from torch import Tensor
+
+from logitstore_kernels.chunked import LossTerms, chunked_loss_rows
+from logitstore_kernels.loss_arguments import (
+    DistillationLossParts,
+    check_arguments,
+    compute_dtype,
+    counted_rows,
+    reduce_rows,
+    row_weight,
+)
+from logitstore_kernels.teacher_batch import TeacherBatch
+
+
+def distillation_loss(
+    student_logits_NV: Tensor,
+    t: TeacherBatch,
+    labels_N: Tensor,
+    temperature: float = 2.0,
+    alpha: float = 0.7,
+    tail: str = "bucket",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """alpha * T^2 * KL(p || q) + (1 - alpha) * CE in nats, p the teacher at T, q = softmax(student_logits / T).
+
+    CE = -ln softmax(student_logits)[label]. Rows are aligned: logits row i, teacher row i and label i speak of the same
+    next token. With k = V this is the usual loop over full teacher logits t and student logits s,
+
+        0.7 * kl_div(log_softmax(s / T), softmax(t / T), "batchmean") * T * T + 0.3 * cross_entropy(s, y)
+
+    except that the mean is over the rows that count, where "batchmean" divides its sum by all rows; the two are equal
+    when no row is ignored. A row counts if its label is not ignore_index and its teacher row is present. Any other is
+    in neither term nor in the denominator and has a gradient of exactly 0, even if its logits are NaN.
+
+    student_logits_NV: [N, V] or wider, any float dtype. Columns at or beyond t.vocab_size (padding of the model's head)
+        take no part in a softmax and have a gradient of 0.
+    t: TeacherBatch of N rows; its log-probs are at T = 1 and are tempered here.
+    labels_N: [N] int64 or int32.
+    temperature: T > 0, for both sides. The factor T^2 keeps the gradient's size as T grows.
+    alpha: in [0, 1]; at 0 and 1 the term without weight is not computed.
+    tail: what is asked of the tokens that are not entries of a teacher row.
+        "bucket": that their summed probability be right. A KL over K + 1 outcomes.
+        "uniform": that each have an equal share of it. A KL over V outcomes.
+        "renormalised": that they have none; p is the head scaled to mass 1. A KL, but not 0 at the teacher itself:
+            there it is -ln(kept mass) at T = 1, and it pushes the student above the teacher on every entry.
+        "dropped": nothing; p is the head as it is, sum over entries of p ln(p / q). Not a KL: it is negative for a
+            student that puts more mass on the entries than the teacher does.
+    reduction: "none" gives [N] (0 in rows that do not count), "sum" their sum, "mean" the sum over the number of rows
+        that count, or over num_items_in_batch (int or one-element tensor) where that is given. The mean of no row is 0.
+    inplace: True writes the gradient over student_logits_NV (mutates it; its version counter moves on) and saves a
+        tensor of that size; only where a gradient is wanted. The logits must not be used again.
+
+    Computes in float32 (float64 for float64 logits). The gradient has the logits' dtype and cannot be differentiated
+    again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device.
+
+    Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
+    t.vocab_size, a temperature other than 1 without t.tail_logmoment_half_N (except for "renormalised"), the tails
+    "dense" and "sampled", for which a TeacherBatch has no data, and on a CPU a label outside the vocabulary.
+    """
+    return _loss_parts(
+        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
+        inplace, kl_wanted=alpha != 0, ce_wanted=alpha != 1,
+    ).loss  # fmt: skip
+
+
+def distillation_loss_parts(
+    student_logits_NV: Tensor,
+    t: TeacherBatch,
+    labels_N: Tensor,
+    temperature: float = 2.0,
+    alpha: float = 0.7,
+    tail: str = "bucket",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    inplace: bool = False,
+) -> DistillationLossParts:
+    """(loss, kl, ce) with loss = alpha * T^2 * kl + (1 - alpha) * ce; arguments and errors as in distillation_loss.
+
+    kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats. Both are reduced as the
+    loss is (mean or sum over the same rows with the same denominator, or [N] for "none"), come from the same pass, are
+    detached and stay on the device: read them when you log. Both are computed even where their weight is 0.
+    """
+    return _loss_parts(
+        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
+        inplace, kl_wanted=True, ce_wanted=True,
+    )  # fmt: skip
+
+
+def _loss_parts(
+    student_logits_NW: Tensor,
+    teacher: TeacherBatch,
+    labels_N: Tensor,
+    temperature: float,
+    alpha: float,
+    tail: str,
+    ignore_index: int,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    inplace: bool,
+    *,
+    kl_wanted: bool,
+    ce_wanted: bool,
+) -> DistillationLossParts:
+    check_arguments(
+        student_logits_NW, teacher, labels_N, temperature=temperature, alpha=alpha, tail=tail,
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
+    )  # fmt: skip
+    counted_N = counted_rows(labels_N, teacher, ignore_index)
+    weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW))
+    rows = chunked_loss_rows(
+        student_logits_NW,
+        teacher,
+        labels_N,
+        counted_N,
+        LossTerms(float(temperature), float(alpha), tail, kl_wanted, ce_wanted),
+        expected_upstream=weight,
+        inplace=inplace,
+    )
+    return reduce_rows(*rows, weight, reduction)

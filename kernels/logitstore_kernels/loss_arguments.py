@@ -1,0 +1,165 @@
+"""What a call of a distillation loss may ask for, checked before anything is allocated, and the reduction over rows.
+
+Shared by the reference and by the fast paths, so that they refuse the same things and divide by the same number.
+Checks of values (labels in range) are made on a CPU only, where reading one costs no synchronisation.
+
+Letters: N rows, W student columns (W >= V), V vocabulary. T is the temperature.
+"""
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitstore_kernels.teacher_batch import TeacherBatch
+
+TAILS = ("bucket", "uniform", "renormalised", "dropped")
+_TAILS_WITHOUT_DATA = {
+    "dense": "the teacher batch has no tail coefficients and basis",
+    "sampled": "the teacher batch holds top-k entries, not weighted samples",
+}
+REDUCTIONS = ("none", "sum", "mean")
+
+
+class DistillationLossParts(NamedTuple):
+    """loss carries the graph; kl (KL at T in nats, without the factor T^2) and ce (nats) are detached.
+
+    All three are on the logits' device and reduced alike: scalars over the same rows with the same denominator, or [N]
+    for "none".
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+
+
+def check_arguments(
+    student_logits_NW: Tensor,
+    teacher: TeacherBatch,
+    labels_N: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    tail: str,
+    ignore_index: int,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError, saying what was got and expected, unless the loss can be computed."""
+    _check_tensors(student_logits_NW, teacher, labels_N)
+    if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1] (alpha weighs T^2 * KL, 1 - alpha cross-entropy), got {alpha}")
+    _check_tail(tail, teacher, temperature)
+    _check_reduction(reduction, num_items_in_batch)
+    if labels_N.device.type == "cpu":
+        bad_N = (labels_N != ignore_index) & ((labels_N < 0) | (labels_N >= teacher.vocab_size))
+        if bad_N.any():
+            row = int(bad_N.nonzero()[0, 0])
+            raise ValueError(
+                f"labels_N[{row}] is {int(labels_N[row])}, expected a token in [0, {teacher.vocab_size}) "
+                f"or ignore_index={ignore_index} ({int(bad_N.sum())} such rows)"
+            )
+
+
+def _check_tensors(student_logits_NW: Tensor, teacher: TeacherBatch, labels_N: Tensor) -> None:
+    if not isinstance(teacher, TeacherBatch):
+        raise TypeError(f"the teacher must be a TeacherBatch, got {type(teacher).__name__}")
+    for name, value in (("student_logits_NV", student_logits_NW), ("labels_N", labels_N)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not student_logits_NW.is_floating_point():
+        raise TypeError(f"student_logits_NV must be of a float dtype, got {student_logits_NW.dtype}")
+    if labels_N.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels_N must be torch.int32 or torch.int64, got {labels_N.dtype}")
+    if student_logits_NW.dim() != 2 or labels_N.dim() != 1:
+        raise ValueError(
+            f"student_logits_NV must be [N, V] and labels_N [N], got {tuple(student_logits_NW.shape)} and "
+            f"{tuple(labels_N.shape)}; flatten batch and length with .flatten(0, 1)"
+        )
+    n_rows, width = student_logits_NW.shape
+    if not n_rows == teacher.n_rows == labels_N.shape[0]:
+        raise ValueError(
+            f"rows must be aligned: student_logits_NV has {n_rows}, the teacher batch {teacher.n_rows}, "
+            f"labels_N {labels_N.shape[0]}"
+        )
+    if width < teacher.vocab_size:
+        raise ValueError(
+            f"student_logits_NV has {width} columns, fewer than the teacher's vocab_size={teacher.vocab_size}; "
+            "student and teacher must share one vocabulary"
+        )
+    if not student_logits_NW.device == teacher.device == labels_N.device:
+        raise ValueError(
+            f"student_logits_NV is on {student_logits_NW.device}, the teacher batch on {teacher.device}, labels_N on "
+            f"{labels_N.device}; move them to one device (teacher.to(device))"
+        )
+
+
+def _check_tail(tail: str, teacher: TeacherBatch, temperature: float) -> None:
+    if tail in _TAILS_WITHOUT_DATA:
+        raise ValueError(f"tail={tail!r} is impossible: {_TAILS_WITHOUT_DATA[tail]}; use one of {', '.join(TAILS)}")
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    if tail != "renormalised" and temperature != 1 and teacher.tail_logmoment_half_N is None:
+        raise ValueError(
+            f"tail={tail!r} at temperature={temperature} needs tail_logmoment_half_N, which the teacher batch lacks; "
+            "store it, use temperature=1 or tail='renormalised', or assume a flat tail with teacher.uniform_moment()"
+        )
+
+
+def _check_reduction(reduction: str, num_items_in_batch: int | Tensor | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items_in_batch is the denominator of reduction='mean', got reduction={reduction!r}; leave it out"
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(num_items_in_batch.shape)}")
+    elif not isinstance(num_items_in_batch, numbers.Real) or isinstance(num_items_in_batch, bool):
+        raise TypeError(f"num_items_in_batch must be an int or a tensor, got {type(num_items_in_batch).__name__}")
+    elif num_items_in_batch <= 0:
+        raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, float32 for every other float dtype."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def counted_rows(labels_N: Tensor, teacher: TeacherBatch, ignore_index: int) -> Tensor:
+    """[N] bool, True where the row counts: its label is not ignore_index and the teacher row is present."""
+    return (labels_N != ignore_index) & teacher.present_N
+
+
+def row_weight(
+    counted_N: Tensor, reduction: str, num_items_in_batch: int | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What the reduction multiplies each row with, a 0-axis tensor on the rows' device: 1, or 1 / denominator.
+
+    The mean of no counted row at all is 0, not 0 / 0.
+    """
+    if reduction != "mean":
+        return torch.ones((), dtype=dtype, device=counted_N.device)
+    if num_items_in_batch is None:
+        return counted_N.sum().clamp(min=1).to(dtype).reciprocal()
+    return torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype).reciprocal()
+
+
+def reduce_rows(loss_N: Tensor, kl_N: Tensor, ce_N: Tensor, weight: Tensor, reduction: str) -> DistillationLossParts:
+    """The three per-row values as they are, or summed with `weight`; rows that do not count are 0 already."""
+    if reduction == "none":
+        return DistillationLossParts(loss_N, kl_N.detach(), ce_N.detach())
+    return DistillationLossParts(
+        (loss_N * weight).sum(), (kl_N.detach() * weight).sum(), (ce_N.detach() * weight).sum()
+    )

@@ -1,0 +1,107 @@
+"""The distillation loss in plain PyTorch under autograd: the truth that every fast path is tested against.
+
+Written to be read next to the formulas. It keeps several [N, V] tensors and computes in float32 (float64 for float64
+logits). Only two things are guarded, because autograd turns 0 * inf into NaN: terms whose teacher probability is 0,
+and a student tail whose every logit is -inf.
+
+Letters: N rows, K entries kept, V vocabulary, W student columns (W >= V). T is the temperature.
+p is the teacher at T, q the student at T.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from logitstore_kernels.loss_arguments import (
+    DistillationLossParts,
+    check_arguments,
+    compute_dtype,
+    counted_rows,
+    reduce_rows,
+    row_weight,
+)
+from logitstore_kernels.teacher_batch import TeacherBatch
+from logitstore_kernels.tempering import temper_teacher
+
+
+def distillation_loss_reference(
+    student_logits_NV: Tensor,
+    t: TeacherBatch,
+    labels_N: Tensor,
+    temperature: float = 2.0,
+    alpha: float = 0.7,
+    tail: str = "bucket",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """alpha * T^2 * KL(p || q) + (1 - alpha) * CE, differentiable any number of times; see distillation_loss."""
+    return distillation_loss_parts_reference(
+        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch
+    ).loss
+
+
+def distillation_loss_parts_reference(
+    student_logits_NV: Tensor,
+    t: TeacherBatch,
+    labels_N: Tensor,
+    temperature: float = 2.0,
+    alpha: float = 0.7,
+    tail: str = "bucket",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> DistillationLossParts:
+    """The loss with its two parts; arguments, values and errors as in distillation_loss_parts."""
+    check_arguments(
+        student_logits_NV, t, labels_N, temperature=temperature, alpha=alpha, tail=tail, ignore_index=ignore_index,
+        reduction=reduction, num_items_in_batch=num_items_in_batch,
+    )  # fmt: skip
+    dtype = compute_dtype(student_logits_NV)
+    counted_N = counted_rows(labels_N, t, ignore_index)
+    # Selecting before computing is what keeps NaN logits of an uncounted row out of value and gradient.
+    logits_NV = torch.where(counted_N[:, None], student_logits_NV[:, : t.vocab_size].to(dtype), 0)
+    label_N = torch.where(counted_N, labels_N, 0).long()
+    kl_N = torch.where(counted_N, _kl_rows(logits_NV / temperature, t, temperature, tail), 0)
+    ce_N = torch.where(counted_N, -logits_NV.log_softmax(dim=1).gather(1, label_N[:, None])[:, 0], 0)
+    loss_N = torch.zeros_like(ce_N)
+    if alpha > 0:  # skipped, not multiplied by 0: an unused term may be infinite
+        loss_N = loss_N + alpha * temperature**2 * kl_N
+    if alpha < 1:
+        loss_N = loss_N + (1 - alpha) * ce_N
+    return reduce_rows(loss_N, kl_N, ce_N, row_weight(counted_N, reduction, num_items_in_batch, dtype), reduction)
+
+
+def _kl_rows(scaled_logits_NV: Tensor, teacher: TeacherBatch, temperature: float, tail: str) -> Tensor:
+    """KL(p || q) of each row in nats, [N]; scaled_logits are the student's logits / T."""
+    logt_NK, logt_tail_N = temper_teacher(teacher, temperature=temperature, tail=tail, dtype=scaled_logits_NV.dtype)
+    ids_NK = teacher.gather_ids_NK
+    lse_N = scaled_logits_NV.logsumexp(dim=1)
+    logq_NK = scaled_logits_NV.gather(1, ids_NK) - lse_N[:, None]
+    kl_N = _times_log_ratio(logt_NK, logq_NK).sum(dim=1)
+    if tail == "bucket":
+        logq_tail_N = _logsumexp(scaled_logits_NV.scatter(1, ids_NK, -math.inf)) - lse_N
+        return kl_N + _times_log_ratio(logt_tail_N, logq_tail_N)
+    if tail == "uniform":
+        n_tail_N = teacher.n_tail_N.clamp(min=1).to(lse_N.dtype)
+        logt_each_N1 = (logt_tail_N - n_tail_N.log())[:, None]
+        each_NV = _times_log_ratio(logt_each_N1, scaled_logits_NV - lse_N[:, None])
+        return kl_N + each_NV.scatter(1, ids_NK, 0).sum(dim=1)
+    return kl_N  # "renormalised" and "dropped": the tail has been taken care of in the teacher
+
+
+def _times_log_ratio(logt: Tensor, logq: Tensor) -> Tensor:
+    """t * (ln t - ln q), and 0 with a gradient of 0 where t = 0, whatever q is."""
+    t = logt.exp()
+    logt, logq = logt.masked_fill(t == 0, 0), logq.masked_fill(t == 0, 0)
+    return t * (logt - logq)
+
+
+def _logsumexp(x_NV: Tensor) -> Tensor:
+    """ln sum e^x of each row; unlike torch.logsumexp, a row of nothing but -inf has a gradient of 0 and not NaN."""
+    peak_N1 = x_NV.detach().amax(dim=1, keepdim=True)
+    empty_N1 = peak_N1 == -math.inf
+    peak_N1 = peak_N1.masked_fill(empty_N1, 0)
+    sum_N1 = (x_NV - peak_N1).exp().sum(dim=1, keepdim=True)
+    return (peak_N1 + sum_N1.masked_fill(empty_N1, 1).log()).masked_fill(empty_N1, -math.inf)[:, 0]

@@ -1,0 +1,220 @@
+"""TeacherBatch: the teacher's compressed next-token distributions of one batch, as the tensors that the losses read.
+
+A row holds the teacher's K most probable tokens with their log-probs at T = 1 and, of all other tokens together (the
+tail), the log-mass and one more log-moment. Shapes, dtypes and devices are checked once, here, without reading a value
+on an accelerator. Values are checked where that costs no synchronisation, on a CPU; the search for repeated ids is
+skipped above 2**20 entries (10 ms), because whoever wrote so large a batch to a store has had it checked there.
+
+Letters: B batch, L length, N rows (one per predicted token), K entries kept, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ID_DTYPES = (torch.int32, torch.int64)
+_MAX_ENTRIES_SEARCHED_FOR_REPEATS = 2**20
+_COLLATED_KEYS = ("teacher_ids", "teacher_logprobs", "teacher_tail_logmass")
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherBatch:
+    """N teacher distributions over vocab_size tokens; row i belongs to the same next token as logits row i.
+
+    ids_NK: int32 or int64 in [0, V), no id twice in a row, -1 in pads. A row of nothing but pads is absent: it
+        counts in no loss.
+    logprobs_NK: float32 (float64 is kept as it is), ln p at T = 1 in nats; anything in pads.
+    tail_logmass_N: same dtype, ln of the summed probability of all tokens that are not entries; -inf if there is none,
+        NaN allowed in absent rows.
+    tail_logmoment_half_N: ln of the summed sqrt(p) of the same tokens, or None, with which only T = 1 is possible for
+        the tails "bucket", "uniform" and "dropped".
+
+    Raises TypeError / ValueError for a wrong dtype, shape, device or vocab_size. Prefer the constructors from_topk and
+    from_collated, which check values too.
+    """
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_logmass_N: Tensor
+    tail_logmoment_half_N: Tensor | None
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int):
+            raise TypeError(f"vocab_size must be an int, got {type(self.vocab_size).__name__}")
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        _check_tensor("ids_NK", self.ids_NK, n_axes=2, dtypes=_ID_DTYPES)
+        n_rows, k = self.ids_NK.shape
+        if k > self.vocab_size:
+            raise ValueError(
+                f"ids_NK has {k} entries a row, more than vocab_size={self.vocab_size}; ids are unique in a row"
+            )
+        dtype, device = self.logprobs_NK.dtype, self.ids_NK.device
+        float_dtypes = (torch.float32, torch.float64)
+        _check_tensor("logprobs_NK", self.logprobs_NK, n_axes=2, dtypes=float_dtypes)
+        floats = {"logprobs_NK": (self.logprobs_NK, (n_rows, k)), "tail_logmass_N": (self.tail_logmass_N, (n_rows,))}
+        if self.tail_logmoment_half_N is not None:
+            floats["tail_logmoment_half_N"] = (self.tail_logmoment_half_N, (n_rows,))
+        for name, (value, shape) in floats.items():
+            _check_tensor(name, value, n_axes=len(shape), dtypes=(dtype,))
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape} to go with ids_NK, got {tuple(value.shape)}")
+            if value.device != device:
+                raise ValueError(
+                    f"{name} is on {value.device} but ids_NK is on {device}; move the whole batch with .to(device)"
+                )
+
+    @classmethod
+    def from_topk(
+        cls,
+        ids_NK: Tensor,
+        logprobs_NK: Tensor,
+        tail_logmass_N: Tensor,
+        tail_logmoment_half_N: Tensor | None = None,
+        *,
+        vocab_size: int,
+    ) -> "TeacherBatch":
+        """The batch of these entries and tail moments, as topk_with_tail returns them (fields as in the class).
+
+        Floats below 32 bits are widened to float32. With K = V and no half moment, a row without a tail gets -inf (its
+        tail is empty at every T) and any other row NaN. Raises TypeError / ValueError as the class does, and on a CPU
+        also ValueError for an id outside [-1, V), an id twice in a row, NaN, or a tail mass above 1.
+        """
+        for name, value in (("ids_NK", ids_NK), ("logprobs_NK", logprobs_NK), ("tail_logmass_N", tail_logmass_N)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        dtype = torch.float64 if logprobs_NK.dtype == torch.float64 else torch.float32
+        mass_N, half_N = _widen(tail_logmass_N, dtype), tail_logmoment_half_N
+        if half_N is not None:
+            half_N = _widen(half_N, dtype)
+        elif ids_NK.dim() == 2 and ids_NK.shape[1] == vocab_size:
+            half_N = torch.where(mass_N == -math.inf, mass_N, math.nan)
+        if ids_NK.dim() == 2 and ids_NK.shape[1] == 0:
+            # Every row absent: one column of pads, so that no reduction meets an axis of length 0.
+            ids_NK = ids_NK.new_full((ids_NK.shape[0], 1), -1)
+            logprobs_NK = logprobs_NK.new_full((ids_NK.shape[0], 1), -math.inf)
+        teacher = cls(ids_NK, _widen(logprobs_NK, dtype), mass_N, half_N, vocab_size)
+        if ids_NK.device.type == "cpu":
+            _check_values(teacher)
+        return teacher
+
+    @classmethod
+    def from_collated(
+        cls, batch: Mapping[str, Tensor], *, vocab_size: int, value_table: Tensor | None = None
+    ) -> "TeacherBatch":
+        """The batch of N = B * L rows in the teacher_* tensors of a collated dict; row b * L + t speaks of token t + 1.
+
+        batch: teacher_ids [B, L, K], teacher_logprobs [B, L, K], teacher_tail_logmass [B, L] and, optionally,
+        teacher_tail_logmoment_half [B, L]. Raises ValueError for a missing tensor or a value_table (a batch holds no
+        codes), and whatever from_topk raises.
+        """
+        if value_table is not None:
+            raise ValueError(
+                "value_table is for one-byte codes, which this batch cannot hold; collate log-probs instead"
+            )
+        missing = [key for key in _COLLATED_KEYS if key not in batch]
+        if missing:
+            raise ValueError(
+                f"the batch lacks {', '.join(missing)} (it has {', '.join(sorted(batch)) or 'nothing'}); "
+                "logitstore_trainer.collate makes such a batch"
+            )
+        ids_BLK, logprobs_BLK, mass_BL = (batch[key] for key in _COLLATED_KEYS)
+        half_BL = batch.get("teacher_tail_logmoment_half")
+        if ids_BLK.dim() != 3:
+            raise ValueError(f"teacher_ids must be [B, L, K], got shape {tuple(ids_BLK.shape)}")
+        return cls.from_topk(
+            ids_BLK.flatten(0, 1),
+            logprobs_BLK.flatten(0, 1),
+            mass_BL.flatten(),
+            None if half_BL is None else half_BL.flatten(),
+            vocab_size=vocab_size,
+        )
+
+    @property
+    def n_rows(self) -> int:
+        return self.ids_NK.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids_NK.device
+
+    @property
+    def present_N(self) -> Tensor:
+        """[N] bool, True where the row has at least one entry."""
+        return (self.ids_NK >= 0).any(dim=1)
+
+    @property
+    def n_tail_N(self) -> Tensor:
+        """[N] int64, the number of tokens that are not entries: V less the row's entries."""
+        return self.vocab_size - (self.ids_NK >= 0).sum(dim=1)
+
+    @property
+    def gather_ids_NK(self) -> Tensor:
+        """ids as int64, fit for gather and scatter: a pad is an id of its own row, and 0 in an absent row."""
+        ids_NK = self.ids_NK.long()
+        return torch.where(ids_NK >= 0, ids_NK, ids_NK.amax(dim=1, keepdim=True).clamp(min=0))
+
+    def uniform_moment(self) -> "TeacherBatch":
+        """This batch with the half moment of a uniform tail, (ln n + tail log-mass) / 2 for n tail tokens.
+
+        Makes T != 1 possible where only the mass is known, by assuming on purpose what a flat tail would give; a real
+        tail is peaked and has less than that at T > 1. Replaces a half moment that is there.
+        """
+        log_n_N = self.n_tail_N.to(self.tail_logmass_N.dtype).log()
+        return dataclasses.replace(self, tail_logmoment_half_N=0.5 * (log_n_N + self.tail_logmass_N))
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TeacherBatch":
+        """This batch with every tensor on `device`."""
+        half_N = self.tail_logmoment_half_N
+        return TeacherBatch(
+            self.ids_NK.to(device, non_blocking=non_blocking),
+            self.logprobs_NK.to(device, non_blocking=non_blocking),
+            self.tail_logmass_N.to(device, non_blocking=non_blocking),
+            None if half_N is None else half_N.to(device, non_blocking=non_blocking),
+            self.vocab_size,
+        )
+
+
+def _widen(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _check_tensor(name: str, value: Tensor, *, n_axes: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.dim() != n_axes:
+        raise ValueError(f"{name} must have {n_axes} axes (the capitals in its name), got shape {tuple(value.shape)}")
+
+
+def _check_values(teacher: TeacherBatch) -> None:
+    """Raise ValueError for values that describe no distribution; reads every value, so for CPU tensors only."""
+    ids_NK, vocab_size, present_N = teacher.ids_NK, teacher.vocab_size, teacher.present_N
+    mass_N, half_N = teacher.tail_logmass_N, teacher.tail_logmoment_half_N
+    bad_id_N = ((ids_NK < -1) | (ids_NK >= vocab_size)).any(dim=1)
+    _refuse(bad_id_N, f"ids outside [0, {vocab_size}) that are not the pad -1", ids_NK)
+    _refuse(((ids_NK >= 0) & teacher.logprobs_NK.isnan()).any(dim=1), "NaN log-probs", teacher.logprobs_NK)
+    _refuse(present_N & ~(mass_N <= 0), "a tail log-mass that is not at most 0 (a mass of 1)", mass_N)
+    no_room_N = present_N & (teacher.n_tail_N == 0) & (mass_N > -math.inf)
+    _refuse(no_room_N, f"all {vocab_size} tokens as entries, yet a tail log-mass that is not -inf", mass_N)
+    # With K = V and no half moment given, NaN stands for "unknown"; everywhere else it is a fault.
+    if half_N is not None and ids_NK.shape[1] < vocab_size:
+        _refuse(present_N & half_N.isnan(), "entries, yet no tail log-moment at 1/T = 1/2", half_N)
+    if ids_NK.numel() <= _MAX_ENTRIES_SEARCHED_FOR_REPEATS:
+        sorted_NK = ids_NK.sort(dim=1).values
+        repeated_NK = (sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)
+        _refuse(repeated_NK.any(dim=1), "an id more than once; ids are unique in a row", ids_NK)
+
+
+def _refuse(bad_N: Tensor, what: str, values: Tensor) -> None:
+    if bad_N.any():
+        row = int(bad_N.nonzero()[0, 0])
+        got = values[row].tolist()
+        shown = f"{got[:8]}..." if isinstance(got, list) and len(got) > 8 else got
+        raise ValueError(f"teacher row {row} has {what}: got {shown} ({int(bad_N.sum())} such rows)")

@@ -1,0 +1,108 @@
+"""topk_with_tail: a teacher's k most probable tokens and the two moments of all others, where the logits are.
+
+The numpy twin is in logitstore/topk.py; a test holds the two equal. Works over row chunks, so that beside the logits
+only one chunk's buffer lives. The moments are log-sum-exps over the complement of the head, each relative to its own
+peak: never 1 - sum, so a tail of 1e-30 keeps its digits.
+
+Letters: N rows, C rows of a chunk, K entries kept, V vocabulary, W logits columns (W >= V).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitstore_kernels.row_chunks import rows_per_chunk
+
+
+class TopKWithTail(NamedTuple):
+    """The head and tail moments of N distributions at T = 1, in nats.
+
+    ids_NK int32, -1 in pads.  logps_NK float32, descending (equal ones by id), -inf in pads.
+    tail_logmass_N float32, ln of the summed p of all other tokens.  tail_logmoment_half_N float32, ln of their summed
+    sqrt(p). Both -inf where nothing is left.
+    """
+
+    ids_NK: Tensor
+    logps_NK: Tensor
+    tail_logmass_N: Tensor
+    tail_logmoment_half_N: Tensor
+
+
+@torch.no_grad()
+def topk_with_tail(
+    logits_NV: Tensor, k: int, *, vocab_size: int | None = None, chunk_rows: int | None = None
+) -> TopKWithTail:
+    """The k largest of log_softmax(logits) in each row, exact in float32, and the tail's log-mass and half log-moment.
+
+    logits_NV: [N, V] or wider, any float dtype; columns at or beyond vocab_size take no part. K = min(k, vocab_size).
+    A token of probability 0 (logit -inf) is never an entry: its place is a pad. Which of several equal tokens is the
+    k-th is not specified. A row of nothing but -inf, or with NaN or +inf, gives NaN moments; nothing is checked on the
+    device. chunk_rows: rows worked on at a time; by default as many as suit the device.
+
+    Raises TypeError / ValueError for logits that are not [N, V] floats, k or chunk_rows below 1, or fewer columns than
+    vocab_size.
+    """
+    width, vocab_size = _check(logits_NV, k, vocab_size, chunk_rows)
+    n_rows, k = logits_NV.shape[0], min(k, vocab_size)
+    device = logits_NV.device
+    out = TopKWithTail(
+        torch.empty(n_rows, k, dtype=torch.int32, device=device),
+        torch.empty(n_rows, k, dtype=torch.float32, device=device),
+        torch.empty(n_rows, dtype=torch.float32, device=device),
+        torch.empty(n_rows, dtype=torch.float32, device=device),
+    )
+    dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    chunk_rows = chunk_rows or rows_per_chunk(dtype.itemsize * width, device)
+    for start in range(0, n_rows, chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        x_CV = logits_NV[rows, :vocab_size].to(dtype, copy=True)
+        for whole, part in zip(out, _topk_chunk(x_CV, k), strict=True):
+            whole[rows] = part
+    return out
+
+
+def _check(logits_NV: Tensor, k: int, vocab_size: int | None, chunk_rows: int | None) -> tuple[int, int]:
+    if not isinstance(logits_NV, Tensor):
+        raise TypeError(f"logits_NV must be a torch.Tensor, got {type(logits_NV).__name__}")
+    if not logits_NV.is_floating_point():
+        raise TypeError(f"logits_NV must be of a float dtype, got {logits_NV.dtype}")
+    if logits_NV.dim() != 2:
+        raise ValueError(f"logits_NV must be [N, V], got shape {tuple(logits_NV.shape)}; flatten with .flatten(0, 1)")
+    width = logits_NV.shape[1]
+    vocab_size = width if vocab_size is None else vocab_size
+    for name, value in (("k", k), ("vocab_size", vocab_size), ("chunk_rows", 1 if chunk_rows is None else chunk_rows)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if vocab_size > width:
+        raise ValueError(f"logits_NV has {width} columns, fewer than vocab_size={vocab_size}")
+    return width, vocab_size
+
+
+def _topk_chunk(x_CV: Tensor, k: int) -> TopKWithTail:
+    """The result for a chunk of logits. Mutates x_CV."""
+    ids_CK = x_CV.topk(k, dim=1).indices.sort(dim=1).values
+    head_CK, order_CK = x_CV.gather(1, ids_CK).sort(dim=1, descending=True, stable=True)
+    ids_CK = ids_CK.gather(1, order_CK)
+    peak_C1 = head_CK[:, :1]
+
+    x_CV.scatter_(1, ids_CK, -math.inf)
+    tail_peak_C1 = x_CV.amax(dim=1, keepdim=True)
+    tail_peak_C1 = torch.where(tail_peak_C1 == -math.inf, peak_C1, tail_peak_C1)
+    x_CV.sub_(tail_peak_C1).mul_(0.5).exp_()
+    # From here on every log is relative to the row's largest logit, which keeps float32's digits for what differs.
+    tail_peak_C = (tail_peak_C1 - peak_C1)[:, 0]
+    head_CK = head_CK - peak_C1
+    half_C = tail_peak_C / 2 + x_CV.sum(dim=1).log()
+    mass_C = tail_peak_C + x_CV.square_().sum(dim=1).log()
+    lse_C = torch.logaddexp(head_CK.logsumexp(dim=1), mass_C)
+    pad_CK = head_CK == -math.inf
+    return TopKWithTail(
+        ids_CK.masked_fill(pad_CK, -1).int(),
+        (head_CK - lse_C[:, None]).clamp(max=0).float(),
+        (mass_C - lse_C).clamp(max=0).float(),
+        (half_C - lse_C / 2).float(),
+    )

@@ -1,0 +1,132 @@
+"""Random teachers and students for the loss tests, and the loss worked out row by row in numpy float64."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from logitstore_kernels import TeacherBatch, topk_with_tail
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: student and teacher logits [N, V] float64, what a batch keeps of the latter, labels [N]."""
+
+    logits_NV: Tensor
+    teacher_logits_NV: Tensor
+    teacher: TeacherBatch
+    labels_N: Tensor
+
+    def leaf(self, dtype: torch.dtype) -> Tensor:
+        return self.logits_NV.to(dtype).clone().requires_grad_()
+
+    def with_ignored(self, *rows: int) -> "Case":
+        labels_N = self.labels_N.clone()
+        labels_N[list(rows)] = -100
+        return replace(self, labels_N=labels_N)
+
+
+def make_case(n: int, v: int, k: int, *, seed: int = 0, spread: float = 3.0) -> Case:
+    rng = torch.Generator().manual_seed(seed)
+    student_NV = torch.randn(n, v, generator=rng, dtype=torch.float64) * spread
+    teacher_NV = torch.randn(n, v, generator=rng, dtype=torch.float64) * spread
+    # Half of the student agrees with the teacher, as one that has learned something does.
+    student_NV = 0.5 * (student_NV + teacher_NV)
+    labels_N = torch.randint(0, v, (n,), generator=rng)
+    return Case(student_NV, teacher_NV, teacher_of(teacher_NV, k), labels_N)
+
+
+def teacher_of(teacher_logits_NV: Tensor, k: int) -> TeacherBatch:
+    kept = topk_with_tail(teacher_logits_NV, k)
+    return TeacherBatch.from_topk(*kept, vocab_size=teacher_logits_NV.shape[1])
+
+
+def _logsumexp(x: np.ndarray) -> float:
+    peak = x.max(initial=-np.inf)
+    return peak if np.isneginf(peak) else float(peak + np.log(np.exp(x - peak).sum()))
+
+
+def kl_row_by_hand(z_V: np.ndarray, teacher: TeacherBatch, row: int, temperature: float, tail: str) -> float:
+    """KL of one row at T in nats from the definitions, in numpy float64; the student must be finite."""
+    ids = teacher.ids_NK[row].numpy()
+    entry = ids >= 0
+    ids, logp = ids[entry], teacher.logprobs_NK[row].numpy().astype(np.float64)[entry]
+    v, n_tail, beta = teacher.vocab_size, teacher.vocab_size - len(ids), 1 / temperature
+    mass = float(teacher.tail_logmass_N[row])
+    half = mass if teacher.tail_logmoment_half_N is None else float(teacher.tail_logmoment_half_N[row])
+    head = logp - _logsumexp(logp) + np.log1p(-np.exp(mass))
+    if np.isneginf(mass):
+        rho = -np.inf
+    elif temperature == 1:
+        rho = mass
+    else:
+        rho = float(np.interp(beta, [0, 0.5, 1], [math.log(n_tail), half, mass]))
+        if beta > 1:
+            rho = half + (beta - 0.5) * (mass - half) / 0.5
+    if tail == "renormalised":
+        rho = -np.inf
+    weights = head * beta - _logsumexp(np.append(head * beta, rho))
+    rho_normalised = rho - _logsumexp(np.append(head * beta, rho))
+    logq_V = z_V / temperature - _logsumexp(z_V / temperature)
+    kl = float((np.exp(weights) * (weights - logq_V[ids])).sum())
+    if tail in ("renormalised", "dropped") or np.isneginf(rho):
+        return kl
+    others = np.setdiff1d(np.arange(v), ids)
+    t_tail = math.exp(rho_normalised)
+    if tail == "bucket":
+        return kl + t_tail * (rho_normalised - _logsumexp(logq_V[others]))
+    share = t_tail / n_tail
+    return kl + float((share * (math.log(share) - logq_V[others])).sum())
+
+
+def loss_rows_by_hand(case: Case, temperature: float, alpha: float, tail: str) -> np.ndarray:
+    """alpha * T^2 * KL + (1 - alpha) * CE of each row [N], 0 where the label is -100 or the teacher row absent."""
+    rows = []
+    for row, label in enumerate(case.labels_N.tolist()):
+        z_V = case.logits_NV[row].numpy()
+        if label == -100 or bool((case.teacher.ids_NK[row] < 0).all()):
+            rows.append(0.0)
+            continue
+        kl = kl_row_by_hand(z_V, case.teacher, row, temperature, tail)
+        ce = _logsumexp(z_V) - z_V[label]
+        rows.append(alpha * temperature**2 * kl + (1 - alpha) * ce)
+    return np.array(rows)
+
+
+@pytest.fixture(scope="session")
+def case_factory():
+    return make_case
+
+
+@pytest.fixture(scope="session")
+def teacher_from_logits():
+    return teacher_of
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    return loss_rows_by_hand
+
+
+def dense_logprobs_of(teacher: TeacherBatch, temperature: float) -> Tensor:
+    """[N, V] float64: the batch's distribution at T with a uniform tail, from float64 arithmetic of its own."""
+    n, v = teacher.n_rows, teacher.vocab_size
+    out = np.zeros((n, v))
+    for row in range(n):
+        ids = teacher.ids_NK[row].numpy()
+        logp = teacher.logprobs_NK[row].numpy().astype(np.float64)
+        mass, half = float(teacher.tail_logmass_N[row]), float(teacher.tail_logmoment_half_N[row])
+        head = (logp - _logsumexp(logp) + np.log1p(-np.exp(mass))) / temperature
+        log_n, beta = math.log(v - len(ids)), 1 / temperature
+        rho = half + (2 * beta - 1) * (mass - half) if beta > 0.5 else log_n + 2 * beta * (half - log_n)
+        out[row] = rho - log_n
+        out[row, ids] = head
+        out[row] -= _logsumexp(np.append(head, rho))
+    return torch.from_numpy(out)
+
+
+@pytest.fixture(scope="session")
+def dense_logprobs():
+    return dense_logprobs_of
