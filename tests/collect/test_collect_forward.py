@@ -1,6 +1,7 @@
 """The chunked forward gives the model's own logits, for every kind of head, without ever holding [L,V]."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ SIZES = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=8,
-    max_position_embeddings=256,
+    max_position_embeddings=512,
 )
 
 
@@ -218,26 +219,42 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         results = op(*args, **(kwargs or {}))
         for tensor in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] >= V - 16:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and V - 16 <= tensor.shape[-1] <= V:
                 self.n_elements = max(self.n_elements, tensor.numel())
         return results
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "squashed"])
-@pytest.mark.parametrize("lengths", [(120,), (120, 120, 90)])
+@pytest.mark.parametrize("lengths", [(120,), (120, 120, 90), (300, 300)])
 def test_no_tensor_of_length_times_vocabulary_is_made(kind, lengths, tiny_llama_config):
     teacher = teacher_of(build(kind, tiny_llama_config))
-    sequences = random_ids(*lengths)
+    sequences, length = random_ids(*lengths), lengths[0]
     with LargestTensor() as seen:
         forward = choose_forward(teacher, sequences[0])
         forward.reduced(sequences, [None] * len(sequences), lambda logits: topk_with_tail(logits, 4))
-    assert 60 * V <= seen.n_elements < 120 * V  # 64 rows for the check, 60 a chunk
+    assert seen.n_elements < (length - 1) * V
     with LargestTensor() as seen:
         forward.reduced(sequences, [None] * len(sequences), lambda logits: topk_with_tail(logits, 4))
-    assert seen.n_elements == 60 * V
+    chunk_rows = {("head", 120): 118, ("head", 300): 150, ("logits_to_keep", 120): 60, ("logits_to_keep", 300): 150}
+    assert seen.n_elements == chunk_rows[forward.how, length] * V
     with LargestTensor() as seen:  # the instrument sees what it should
         teacher.model(torch.from_numpy(sequences[0]).long()[None])
-    assert seen.n_elements == 120 * V
+    assert seen.n_elements == length * V
+
+
+@pytest.mark.parametrize(
+    ("head_width", "length", "n_rows"),
+    [
+        *((49152, 2, 1), (49152, 3, 1), (49152, 64, 62), (49152, 256, 128), (49152, 300, 150), (49152, 1024, 170)),
+        *((151936, 1024, 110), (262144, 1024, 64), (2048, 8192, 4096)),
+    ],
+)
+def test_rows_of_a_chunk(head_width, length, n_rows, tiny_llama_config):
+    teacher = teacher_of(build("llama", tiny_llama_config))
+    info = replace(teacher.info, head_width=head_width)
+    forward = forward_module.ChunkedForward(replace(teacher, info=info), "head", LogitTransform(), 0.0, 1e-3)
+    assert forward._rows_per_chunk(length) == n_rows
+    assert n_rows * head_width * 4 <= 64 << 20
 
 
 def test_chunks_are_bounded_in_bytes(monkeypatch, tiny_llama_config):

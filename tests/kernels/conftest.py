@@ -130,3 +130,16 @@ def dense_logprobs_of(teacher: TeacherBatch, temperature: float) -> Tensor:
 @pytest.fixture(scope="session")
 def dense_logprobs():
     return dense_logprobs_of
+
+
+def value_and_gradient_of(loss_function, leaf, *args, **kwargs):
+    """(loss in float64, its gradient in float64) of loss_function(leaf, ...), summed if it is not a scalar."""
+    leaf = leaf.detach().clone().requires_grad_()
+    loss = loss_function(leaf, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach().double(), leaf.grad.double()
+
+
+@pytest.fixture(scope="session")
+def value_and_gradient():
+    return value_and_gradient_of
