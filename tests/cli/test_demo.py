@@ -1,6 +1,8 @@
-"""`logitstore demo --quick` end to end, its files and numbers against each other; the split and the page on their own."""
+"""`logitstore demo --quick` end to end, its files and numbers against each other; the split and its parts."""
 
+import contextlib
 import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,11 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import logitstore
 from logitstore_trainer import cli
-from logitstore_trainer.demo import page
+from logitstore_trainer.comparison import page
 from logitstore_trainer.demo.demo import MARKER, prepare_folder
 from logitstore_trainer.demo.models import (
     TeacherTraining,
@@ -31,18 +30,20 @@ from logitstore_trainer.demo.text import (
     write_texts,
 )
 from logitstore_trainer.student import LlamaShape, parse_shape
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import logitstore
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """(folder, results.json, printed text) of one quick demo, run through the command line."""
     out = tmp_path_factory.mktemp("demo") / "a folder"
-    with pytest.MonkeyPatch.context() as patch:
-        lines: list[str] = []
-        patch.setattr("builtins.print", lambda *args, **kwargs: lines.append(" ".join(map(str, args))))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         code = cli.main(["demo", "--quick", "--seed", "3", "--out", str(out)])
     assert code == 0
-    return out, json.loads((out / "results.json").read_text()), "\n".join(lines)
+    return out, json.loads((out / "results.json").read_text()), printed.getvalue()
 
 
 def test_the_demo_leaves_every_file(quick):
@@ -199,7 +200,8 @@ def test_the_report_needs_nothing_else(quick):
     links.feed(text)
     assert all(target.startswith("#") for target in links.targets)
     assert not {"script", "link", "img", "iframe"} & set(links.tags)
-    assert "url(http" not in text and "@import" not in text
+    assert "url(http" not in text
+    assert "@import" not in text
     assert links.tags.count("svg") == 6
     assert f"{results['students']['distilled']['loss_nats']:.4f}" in text
 

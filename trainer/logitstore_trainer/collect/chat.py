@@ -68,9 +68,7 @@ class ChatTokeniser:
         learned = [bool(x) for x in encoded["assistant_masks"]]
         eos = self.tokenizer.eos_token_id
         closing = [  # a template may leave the closing token outside of its tags
-            i
-            for i in range(1, len(input_ids))
-            if input_ids[i] == eos and input_ids[i - 1] != eos and learned[i - 1]
+            i for i in range(1, len(input_ids)) if input_ids[i] == eos and input_ids[i - 1] != eos and learned[i - 1]
         ]
         for i in closing:
             learned[i] = True
@@ -113,9 +111,7 @@ class ChatTokeniser:
         return len(stripped) if stripped.endswith(self.added_tokens) else len(until)
 
     def _masked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         learned = [
             any(begin <= start and end <= stop and start < end for begin, stop in spans)
             for start, end in encoded["offset_mapping"]

@@ -79,16 +79,13 @@ def collect(settings: CollectSettings, say: Say = print) -> CollectResult:
             "add completions, or let the teacher write them with --generate N"
         )
     if dataset.shape != "prompt" and settings.generate is not None:
-        raise ValueError(
-            f"{settings.dataset}: --generate is for rows that are a `prompt` alone, not {dataset.shape}"
-        )
+        raise ValueError(f"{settings.dataset}: --generate is for rows that are a `prompt` alone, not {dataset.shape}")
     tokeniser = Tokeniser(info.tokenizer, dataset.shape, _max_length(settings, info))
     codec = _codec(settings, info)
     spec = _spec(settings, dataset, info, codec, tokeniser)
     if settings.out.exists() and (finished := _finished(settings.out, spec)) is not None:
-        say(
-            f"{settings.out}: finished already, {len(finished):,} samples of {finished.n_tokens:,} tokens; nothing to do"
-        )
+        have = f"{len(finished):,} samples of {finished.n_tokens:,} tokens"
+        say(f"{settings.out}: finished already, {have}; nothing to do")
         return _result(finished, seconds=0.0, new_tokens=0, was_finished=True)
     _require_writable_folder(settings.out.absolute().parent)
     if note := info.widths_note():
@@ -128,9 +125,7 @@ class _Collection:
             self.say(f"{self.dataset.path}: {about}{self.size.n_samples:,} samples of {self.size.n_tokens:,} tokens")
             if done.n_samples:
                 self.say(f"{self.settings.out}: going on behind {done.n_samples:,} samples of {done.n_tokens:,} tokens")
-            safe = (
-                f"what was done is safe in {work_path(self.settings.out)}; the same command goes on from there"
-            )
+            safe = f"what was done is safe in {work_path(self.settings.out)}; the same command goes on from there"
             try:
                 self._fill(writer)
             except OSError as error:

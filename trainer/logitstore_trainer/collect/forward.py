@@ -125,9 +125,7 @@ class ChunkedForward:
             for chunk in rows.split(self._rows_per_pass(len(ids))):
                 yield self.teacher.model(**inputs, logits_to_keep=chunk).logits[0]
 
-    def _head_chunks(
-        self, sequences: Sequence[np.ndarray], kept_rows: list[np.ndarray]
-    ) -> Iterator[torch.Tensor]:
+    def _head_chunks(self, sequences: Sequence[np.ndarray], kept_rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
         model, device = self.teacher.model, self.teacher.device
         hidden_BLD = model.base_model(**_model_inputs(model.base_model, sequences, device)).last_hidden_state
         length = hidden_BLD.shape[1]

@@ -35,9 +35,7 @@ class Row:
 def shape_of(value: Any, where: str) -> str:
     """Returns the first of SHAPES whose columns are all in `value`. Raises ValueError if none is."""
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{where}: got {_described(value)}, expected one JSON object per line with {EXPECTED}"
-        )
+        raise ValueError(f"{where}: got {_described(value)}, expected one JSON object per line with {EXPECTED}")
     for shape, columns in SHAPES.items():
         if all(column in value for column in columns):
             return shape

@@ -142,9 +142,7 @@ class Tokeniser:
             counts.windows += len(samples)
         return samples
 
-    def _fitted(
-        self, row: Row, input_ids: list[int], learned: list[bool], counts: Counts
-    ) -> list[TokenisedSample]:
+    def _fitted(self, row: Row, input_ids: list[int], learned: list[bool], counts: Counts) -> list[TokenisedSample]:
         """Returns the sample cut to max_length, or [] if nothing is learned in what is left."""
         samples = _sample(row, input_ids[: self.max_length], learned[: self.max_length])
         if samples:

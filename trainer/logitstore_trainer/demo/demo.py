@@ -1,36 +1,34 @@
 """The demo: the whole line on real text, with a teacher made on the spot, in a few minutes on two cores.
 
-It decides what is compared: two students of equal size, weights, batches and steps, of which one learns from the
-labels alone and one from the store with the loss 0.7 * T^2 * KL + 0.3 * cross-entropy at T = 2. The teacher gets more
-than twice a student's compute (parameters x tokens). Nothing is chosen after the fact: the recipe was fixed on other
+Text and teacher are made here; what is done with them is comparison/pipeline.py. The teacher gets more than twice a
+student's compute (parameters x tokens). Nothing is chosen after the fact: the recipe was fixed on other
 runs, and what a run gives is what it prints. Everything is float32 on the CPU, so that a seed gives a result again.
 """
 
-import json
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import logitstore
 from logitstore_trainer.bench.environment import environment, write_json
-from logitstore_trainer.collect.collect import collect
-from logitstore_trainer.collect.settings import CollectSettings
-from logitstore_trainer.demo import page
-from logitstore_trainer.demo.measure import fidelity, held_out_metrics
+from logitstore_trainer.comparison import page
+from logitstore_trainer.comparison.pipeline import (
+    HELD_OUT_STORE,
+    STUDENT_FOLDERS,
+    TRAIN_STORE,
+    ComparisonSettings,
+    compare,
+)
+from logitstore_trainer.comparison.stages import Say, Stages
 from logitstore_trainer.demo.models import build_teacher, token_stream, train_teacher, train_tokenizer
-from logitstore_trainer.demo.recipe import ALPHAS, FULL, TEMPERATURE, Recipe
-from logitstore_trainer.demo.stages import Say, Stages
+from logitstore_trainer.demo.recipe import FULL, Recipe
 from logitstore_trainer.demo.text import SplitText, python_documentation, split_pages, write_texts
-from logitstore_trainer.progress import Progress
-from logitstore_trainer.student import build_student
-from logitstore_trainer.train import TrainConfig, train
 
 MARKER = "demo.json"
 _FILES = ("train.jsonl", "heldout.jsonl", "report.html", "results.json")
-_FOLDERS = ("teacher", "student-labels", "student-distilled")
-_STORES = {"train.jsonl": "teacher_logits.parquet", "heldout.jsonl": "heldout_logits.parquet"}
+_FOLDERS = ("teacher", *STUDENT_FOLDERS.values())
+_STORES = (TRAIN_STORE, HELD_OUT_STORE)
 
 
 def run_demo(out: Path, recipe: Recipe = FULL, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
@@ -49,7 +47,13 @@ def run_demo(out: Path, recipe: Recipe = FULL, *, seed: int = 0, say: Say = prin
     results["seconds"] = time.perf_counter() - start_s
     results["environment"] = environment()
     write_json(out / "results.json", results)
-    report = page.write_page(out / "report.html", results)
+    subtitle = (
+        f"Teacher, store and two students made from {results['text']['train_bytes']:,} bytes of Python's documentation "
+        f"in {results['seconds']:.0f} s (seed {seed}, recipe {recipe.name})."
+    )
+    report = page.write_page(
+        out / "report.html", results, title="logitstore demo", subtitle=subtitle, how=_how_rows(results)
+    )
     say("")
     say(page.table_text(results))
     say("")
@@ -68,9 +72,9 @@ def prepare_folder(out: Path, run: dict[str, Any]) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise ValueError(f"--out {out} is not empty and not from an earlier demo; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for name in (*_FILES, *_STORES.values()):
+    for name in (*_FILES, *_STORES):
         (out / name).unlink(missing_ok=True)
-    sidecars = [f"{store}.{kind}" for store in _STORES.values() for kind in ("tables", "work")]
+    sidecars = [f"{store}.{kind}" for store in _STORES for kind in ("tables", "work")]
     for name in (*_FOLDERS, *sidecars):
         shutil.rmtree(out / name, ignore_errors=True)
     write_json(out / MARKER, run)
@@ -78,26 +82,29 @@ def prepare_folder(out: Path, run: dict[str, Any]) -> None:
 
 def _run(out: Path, recipe: Recipe, seed: int, stages: Stages) -> dict[str, Any]:
     text = _write_text(out, stages)
-    teacher, teacher_row = _make_teacher(out, recipe, text, seed, stages)
-    store = _collect(out, "train.jsonl", "collect", recipe, stages)
-    held_out = _collect(out, "heldout.jsonl", "collect held-out", recipe, stages)
-    _verify(store, stages)
-    runs = {name: _train_student(out, name, store, recipe, seed, stages) for name in ALPHAS}
-    with stages.stage("compare store") as row:
-        kept = fidelity(held_out, teacher)
-        row |= {"tokens": held_out.n_tokens, "what": "KL to the teacher's whole logits, held-out text, T = 1 and 2"}
-    with stages.stage("evaluate") as row:
-        models = {"teacher": teacher, **{name: _load_student(out, name, held_out) for name in ALPHAS}}
-        measured = {name: held_out_metrics(model, teacher, held_out) for name, model in models.items()}
-        row |= {"tokens": len(models) * held_out.n_tokens, "what": "teacher and students on held-out text"}
+    trained = _make_teacher(out, recipe, text, seed, stages)
+    settings = ComparisonSettings(
+        teacher=str(out / "teacher"),
+        train_data=out / "train.jsonl",
+        held_out_data=out / "heldout.jsonl",
+        out=out,
+        student=recipe.student,
+        steps=recipe.student_steps,
+        lr=recipe.student_lr,
+        batch_size=recipe.student_batch_size,
+        max_length=recipe.length,
+        max_train_tokens=recipe.max_tokens,
+        max_held_out_tokens=recipe.max_tokens,
+        codec_options={"k": recipe.k},
+        seed=seed,
+    )
+    compared = compare(settings, stages)
     return {
         "seed": seed,
         "recipe": asdict(recipe),
-        "temperature": TEMPERATURE,
         "text": _text_row(text),
-        "store": _store_row(store, kept),
-        "teacher": {**teacher_row, **measured["teacher"]},
-        "students": {name: {**runs[name], **measured[name]} for name in ALPHAS},
+        **compared,
+        "teacher": {**trained, **compared["teacher"]},
         "stages": stages.rows,
     }
 
@@ -114,7 +121,7 @@ def _write_text(out: Path, stages: Stages) -> SplitText:
     return text
 
 
-def _make_teacher(out: Path, recipe: Recipe, text: SplitText, seed: int, stages: Stages) -> tuple[Any, dict[str, Any]]:
+def _make_teacher(out: Path, recipe: Recipe, text: SplitText, seed: int, stages: Stages) -> dict[str, Any]:
     with stages.stage("tokenizer") as row:
         tokenizer = train_tokenizer(text.train, recipe.vocab_size)
         stream = token_stream(text.train, tokenizer)
@@ -127,80 +134,13 @@ def _make_teacher(out: Path, recipe: Recipe, text: SplitText, seed: int, stages:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         row["tokens"] = trained.n_tokens
         row["what"] = f"{n_parameters:,} parameters, {recipe.training.steps:,} steps"
-    return model, {
+    return {
         "n_parameters": n_parameters,
         "n_tokens_trained": trained.n_tokens,
         "train_seconds": trained.seconds,
         "train_tokens_per_s": trained.n_tokens / trained.seconds,
         "ce_by_step": [list(point) for point in trained.loss_by_step],
     }
-
-
-def _collect(out: Path, texts: str, stage: str, recipe: Recipe, stages: Stages) -> logitstore.LogitStore:
-    with stages.stage(stage) as row:
-        settings = CollectSettings(
-            teacher=str(out / "teacher"),
-            dataset=out / texts,
-            out=out / _STORES[texts],
-            codec_options={"k": recipe.k},
-            dtype="float32",
-            device="cpu",
-            max_length=recipe.length,
-            max_tokens=recipe.max_tokens,
-        )
-        collect(settings, say=lambda line: None)
-        store = logitstore.open(settings.out)
-        row["tokens"] = store.n_tokens
-        row["what"] = (
-            f"{len(store):,} samples, {store.blob_bytes / store.n_present_rows:.1f} bytes/token "
-            f"(all {store.spec.vocab_size:,} logits in fp16: {2 * store.spec.vocab_size:,})"
-        )
-    return store
-
-
-def _verify(store: logitstore.LogitStore, stages: Stages) -> None:
-    with stages.stage("verify") as row:
-        with Progress(total=len(store), desc="verify", unit="samples") as display:
-            report = logitstore.verify(store.path, display.update)
-        if not report.ok:
-            raise logitstore.CorruptionError(f"{store.path} does not verify: {report.faults[0]}")
-        row["tokens"] = store.n_tokens
-        row["what"] = f"{report.n_checked:,} samples, no fault"
-
-
-def _train_student(
-    out: Path, name: str, store: logitstore.LogitStore, recipe: Recipe, seed: int, stages: Stages
-) -> dict[str, Any]:
-    with stages.stage(f"student, {name}") as row:
-        config = TrainConfig(
-            student=recipe.student,
-            data=[str(store.path)],
-            out=str(out / f"student-{name}"),
-            temperature=TEMPERATURE,
-            alpha=ALPHAS[name],
-            steps=recipe.student_steps,
-            batch_size=recipe.student_batch_size,
-            lr=recipe.student_lr,
-            dtype="fp32",
-            device="cpu",
-            seed=seed,
-            save_every=0,
-        )
-        metrics = train(config)
-        row["tokens"] = metrics["n_tokens"]
-        row["what"] = f"{metrics['n_parameters']:,} parameters, {metrics['steps']:,} steps, alpha {config.alpha:g}"
-    return {
-        "alpha": config.alpha,
-        "n_parameters": metrics["n_parameters"],
-        "n_tokens_trained": metrics["n_tokens"],
-        "train_seconds": metrics["wall_s"],
-        "train_tokens_per_s": metrics["tokens_per_s"],
-        "ce_by_step": [[entry["step"], entry["ce"]] for entry in metrics["history"] if "ce" in entry],
-    }
-
-
-def _load_student(out: Path, name: str, store: logitstore.LogitStore) -> Any:
-    return build_student(str(out / f"student-{name}"), store).model
 
 
 def _text_row(text: SplitText) -> dict[str, int]:
@@ -212,15 +152,23 @@ def _text_row(text: SplitText) -> dict[str, int]:
     }
 
 
-def _store_row(store: logitstore.LogitStore, kept: dict[str, dict[str, float | None]]) -> dict[str, Any]:
-    return {
-        "codec": json.loads(json.dumps(dict(store.spec.codec.config))),
-        "n_samples": len(store),
-        "n_tokens": store.n_tokens,
-        "n_present_rows": store.n_present_rows,
-        "bytes_per_token": store.blob_bytes / store.n_present_rows,
-        "container_bytes_per_token": store.file_bytes / store.n_present_rows,
-        "fp16_bytes_per_token": 2 * store.spec.vocab_size,
-        **kept["store"],
-        **{f"fp16_{name}": value for name, value in kept["fp16"].items()},
-    }
+def _how_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    recipe, text = results["recipe"], results["text"]
+    training = recipe["training"]
+    return [
+        ("text", f"{text['n_paragraphs']:,} distinct paragraphs ({text['n_repeats']:,} repeats dropped)"),
+        ("held out", f"{text['held_out_bytes']:,} bytes, chosen by the SHA-256 of the paragraph"),
+        ("tokenizer", f"byte-level BPE of {recipe['vocab_size']:,} tokens, trained on the training text"),
+        ("teacher", "Llama, " + ", ".join(f"{name} {value}" for name, value in recipe["teacher"].items())),
+        (
+            "teacher's training",
+            f"{training['steps']:,} steps of {training['batch_size']} x {training['length']} tokens, "
+            f"learning rate {training['lr']:g}",
+        ),
+        ("students", recipe["student"]),
+        (
+            "students' training",
+            f"{recipe['student_steps']:,} steps of {recipe['student_batch_size']} samples of at most "
+            f"{recipe['length']} tokens, learning rate {recipe['student_lr']:g}",
+        ),
+    ]

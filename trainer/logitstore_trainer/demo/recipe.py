@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from logitstore_trainer.demo.models import TeacherTraining
 from logitstore_trainer.student import LlamaShape
 
-TEMPERATURE = 2.0
-ALPHAS = {"labels": 0.0, "distilled": 0.7}
-
 
 @dataclass(frozen=True)
 class Recipe:
