@@ -103,7 +103,7 @@ def test_reading_a_store_needs_neither_torch_nor_pyarrow(tmp_path: Path) -> None
 
 
 def test_transformers_works_with_the_repository_root_on_the_path() -> None:
-    """Hugging Face has a package named `kernels` that transformers looks for; our folder of that name must not be it."""
+    """Hugging Face has a package named `kernels` that transformers looks for; our folder must not be taken for it."""
     code = (
         "import transformers, torch; from transformers.utils.import_utils import is_kernels_available; "
         "config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, "

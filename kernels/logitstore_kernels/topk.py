@@ -15,6 +15,8 @@ from torch import Tensor
 
 from logitstore_kernels.row_chunks import rows_per_chunk
 
+_BLOCK = 32
+
 
 class TopKWithTail(NamedTuple):
     """The head and tail moments of N distributions at T = 1, in nats.
@@ -57,7 +59,7 @@ def topk_with_tail(
     chunk_rows = chunk_rows or rows_per_chunk(dtype.itemsize * width, device)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
-        x_CV = logits_NV[rows, :vocab_size].to(dtype, copy=True)
+        x_CV = logits_NV[rows, :vocab_size].to(dtype)
         for whole, part in zip(out, _topk_chunk(x_CV, k), strict=True):
             whole[rows] = part
     return out
@@ -83,21 +85,23 @@ def _check(logits_NV: Tensor, k: int, vocab_size: int | None, chunk_rows: int | 
 
 
 def _topk_chunk(x_CV: Tensor, k: int) -> TopKWithTail:
-    """The result for a chunk of logits. Mutates x_CV."""
-    ids_CK = x_CV.topk(k, dim=1).indices.sort(dim=1).values
+    """The result for a chunk of logits. One place more than k is looked up: it is the tail's peak, without a pass."""
+    vocab_size = x_CV.shape[1]
+    values, ids = _largest(x_CV, min(k + 1, vocab_size))
+    ids_CK = ids[:, :k].sort(dim=1).values
     head_CK, order_CK = x_CV.gather(1, ids_CK).sort(dim=1, descending=True, stable=True)
     ids_CK = ids_CK.gather(1, order_CK)
     peak_C1 = head_CK[:, :1]
 
-    x_CV.scatter_(1, ids_CK, -math.inf)
-    tail_peak_C1 = x_CV.amax(dim=1, keepdim=True)
+    tail_peak_C1 = values[:, k:] if vocab_size > k else peak_C1
     tail_peak_C1 = torch.where(tail_peak_C1 == -math.inf, peak_C1, tail_peak_C1)
-    x_CV.sub_(tail_peak_C1).mul_(0.5).exp_()
+    root_CV = torch.add(-0.5 * tail_peak_C1, x_CV, alpha=0.5)
+    root_CV.scatter_(1, ids_CK, -math.inf).exp_()
     # From here on every log is relative to the row's largest logit, which keeps float32's digits for what differs.
     tail_peak_C = (tail_peak_C1 - peak_C1)[:, 0]
     head_CK = head_CK - peak_C1
-    half_C = tail_peak_C / 2 + x_CV.sum(dim=1).log()
-    mass_C = tail_peak_C + x_CV.square_().sum(dim=1).log()
+    half_C = tail_peak_C / 2 + root_CV.sum(dim=1).log()
+    mass_C = tail_peak_C + root_CV.square_().sum(dim=1).log()
     lse_C = torch.logaddexp(head_CK.logsumexp(dim=1), mass_C)
     pad_CK = head_CK == -math.inf
     return TopKWithTail(
@@ -106,3 +110,23 @@ def _topk_chunk(x_CV: Tensor, k: int) -> TopKWithTail:
         (mass_C - lse_C).clamp(max=0).float(),
         (half_C - lse_C / 2).float(),
     )
+
+
+def _largest(x_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the k largest of each row.
+
+    On a CPU topk over a whole vocabulary costs more than everything else here. The k largest lie in the k blocks with
+    the largest maxima, so only those are sorted; block j is the columns j, j + n, j + 2n ..., which makes the maxima
+    one vectorised pass.
+    """
+    n_blocks = x_CV.shape[1] // _BLOCK
+    if x_CV.device.type != "cpu" or n_blocks < 4 * k:
+        return tuple(x_CV.topk(k, dim=1))
+    n_columns = n_blocks * _BLOCK
+    maxima_CM = x_CV[:, :n_columns].unflatten(1, (_BLOCK, n_blocks)).amax(dim=1)
+    blocks_CK = maxima_CM.topk(k, dim=1, sorted=False).indices
+    ids_CJ = (blocks_CK[:, :, None] + torch.arange(0, n_columns, n_blocks)).flatten(1)
+    rest_CJ = torch.arange(n_columns, x_CV.shape[1]).expand(len(x_CV), -1)
+    ids_CJ = torch.cat([ids_CJ, rest_CJ], dim=1)
+    values_CK, places_CK = x_CV.gather(1, ids_CJ).topk(k, dim=1)
+    return values_CK, ids_CJ.gather(1, places_CK)

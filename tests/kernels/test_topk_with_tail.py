@@ -142,3 +142,25 @@ def test_nothing_is_read_by_the_host():
 def test_what_is_refused(args, options, error, message):
     with pytest.raises(error, match=message):
         topk_with_tail(*args, **options)
+
+
+@pytest.mark.parametrize("vocab_size", [8_320, 8_351, 49_155])
+@pytest.mark.parametrize("kind", ["normal", "ties", "crowded", "minus infinity"])
+def test_search_by_blocks_finds_what_topk_finds(vocab_size: int, kind: str) -> None:
+    """Widths that are and are not whole blocks; the largest logits spread, tied, or all in one block's columns."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = torch.randn(7, vocab_size, generator=generator)
+    if kind == "ties":
+        logits_NV = logits_NV.bfloat16().float()
+    elif kind == "crowded":
+        logits_NV[:, 3 :: vocab_size // 32] += 50
+        logits_NV[:, -5:] += 60
+    elif kind == "minus infinity":
+        logits_NV[:, 70:] = -torch.inf
+    found = topk_with_tail(logits_NV, 64)
+    truth_NV = logits_NV.double().log_softmax(dim=1)
+    torch.testing.assert_close(found.logps_NK.double(), truth_NV.topk(64, dim=1).values, atol=4e-6, rtol=0)
+    assert all(len(set(row.tolist())) == 64 for row in found.ids_NK)
+    rest_NV = truth_NV.scatter(1, found.ids_NK.long(), -torch.inf)
+    torch.testing.assert_close(found.tail_logmass_N.double(), rest_NV.logsumexp(dim=1), atol=4e-6, rtol=0)
+    torch.testing.assert_close(found.tail_logmoment_half_N.double(), (rest_NV / 2).logsumexp(dim=1), atol=4e-6, rtol=0)

@@ -77,9 +77,7 @@ def test_the_teacher_against_itself_is_zero(store, teacher_model):
 
 
 def test_the_batch_size_does_not_matter(store, new_student, teacher_model):
-    one, all_ = (
-        evaluate_student(new_student(2), store, teacher_model=teacher_model, batch_size=n) for n in (1, 12)
-    )
+    one, all_ = (evaluate_student(new_student(2), store, teacher_model=teacher_model, batch_size=n) for n in (1, 12))
     assert one.n_tokens == all_.n_tokens
     assert one.kl_teacher_nats == pytest.approx(all_.kl_teacher_nats, rel=1e-5)
     assert one.loss_nats == pytest.approx(all_.loss_nats, rel=1e-6)

@@ -62,9 +62,7 @@ def test_accumulation_gives_the_gradient_of_one_big_batch(tmp_path, store, new_s
     """Uneven lengths, float64; with 3 + 1 samples the micro-batches are uneven too."""
     dataset = Subset(store, range(4))
     whole, one = step_change(new_student(2).double(), dataset, arguments(tmp_path))
-    args = arguments(
-        tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=grad_accum
-    )
+    args = arguments(tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=grad_accum)
     accumulated, many = step_change(new_student(2).double(), dataset, args)
     assert max(float(value.abs().max()) for value in whole.values()) > 1e-2
     for name, value in whole.items():
@@ -106,15 +104,11 @@ def test_logged_parts_are_means_over_the_steps_between_two_logs(tmp_path, store,
 
 @pytest.mark.parametrize("batch_size", [5, 12])
 @pytest.mark.parametrize("prediction_loss_only", [True, False])
-def test_eval_loss_is_the_mean_over_tokens(
-    tmp_path, store, new_student, slow_loss, batch_size, prediction_loss_only
-):
+def test_eval_loss_is_the_mean_over_tokens(tmp_path, store, new_student, slow_loss, batch_size, prediction_loss_only):
     """With uneven batches (5 + 5 + 2 samples), where Trainer's own mean of batch means would differ."""
     student = new_student(2)
     expected = slow_loss(student, list(store))
-    args = arguments(
-        tmp_path, per_device_eval_batch_size=batch_size, prediction_loss_only=prediction_loss_only
-    )
+    args = arguments(tmp_path, per_device_eval_batch_size=batch_size, prediction_loss_only=prediction_loss_only)
     metrics = DistillationTrainer(model=student, args=args, eval_dataset=store).evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected.loss, rel=2e-6)
     assert metrics["eval_kl"] == pytest.approx(expected.kl, rel=2e-6)
@@ -189,9 +183,7 @@ def test_the_batch_is_padded_with_the_tokenizers_pad(tmp_path, store, new_studen
 
 def test_a_step_without_valid_tokens_changes_nothing(tmp_path, store, new_student):
     batch_of_prompts = [store[0]._replace(loss_mask=store[0].loss_mask & False)]
-    change, trainer = step_change(
-        new_student(2), batch_of_prompts, arguments(tmp_path), decoder=TeacherDecoder(store)
-    )
+    change, trainer = step_change(new_student(2), batch_of_prompts, arguments(tmp_path), decoder=TeacherDecoder(store))
     assert trainer.state.log_history[0]["loss"] == 0.0
     assert all(float(value.abs().max()) == 0.0 for value in change.values())
 

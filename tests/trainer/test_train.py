@@ -239,9 +239,7 @@ def test_the_command_line_has_the_defaults_of_the_config(config, store_path, tmp
     add_arguments(parser)
     required = ["--student", STUDENT, "--data", str(store_path), "--out", str(tmp_path / "cli")]
     args = parser.parse_args(required)
-    assert TrainConfig(**vars(args)) == TrainConfig(
-        student=STUDENT, data=[str(store_path)], out=str(tmp_path / "cli")
-    )
+    assert TrainConfig(**vars(args)) == TrainConfig(student=STUDENT, data=[str(store_path)], out=str(tmp_path / "cli"))
     args = parser.parse_args([*required, "--steps", "3", "--device", "cpu", "--eval-fraction", "0.2", "--lr", "0.01"])
     assert run(args) == 0
     printed = capsys.readouterr().out

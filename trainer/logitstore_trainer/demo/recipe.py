@@ -1,7 +1,7 @@
 """The two recipes of the demo: FULL, whose numbers mean something, and QUICK, which only shows that everything runs.
 
-FULL was found on other seeds than it is reported on. Its students keep improving with more steps, and with them the
-distilled one's lead in held-out loss: the one on labels alone overfits 370 kB of text first.
+FULL was settled on seed 0, which is not among those that it is reported on. Its students keep improving with more
+steps, and with them the distilled one's lead in held-out loss: the one on labels alone overfits 340 kB of text first.
 """
 
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ FULL = Recipe(
     vocab_size=2048,
     length=128,
     teacher=LlamaShape(layers=4, width=192, heads=6, mlp=512),
-    training=TeacherTraining(steps=800, batch_size=8, length=128, lr=1.4e-3),
+    training=TeacherTraining(steps=800, batch_size=8, length=128, lr=1e-3),
     student="llama:layers=2,width=96,heads=3",
-    student_steps=700,
+    student_steps=1000,
     student_batch_size=8,
-    student_lr=2e-3,
+    student_lr=2.5e-3,
     k=64,
 )
 QUICK = Recipe(
