@@ -1,0 +1,86 @@
+"""The README says what is so: its tree, its example, its commands and its numbers."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from logitstore_trainer.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def tree_files() -> set[str]:
+    """Paths of the files that the tree under "Where things are" names."""
+    block = README.split("## Where things are", 1)[1].split("```")[1]
+    folder, files = "", set()
+    for line in block.strip().splitlines():
+        name = line.split()[0]
+        if name.endswith("/") and not line.startswith(" "):
+            folder = name
+        elif line.startswith(" "):
+            files.add(folder + name)
+        else:
+            files.add(name)
+    return files
+
+
+def test_the_tree_has_a_line_for_every_source_file_and_no_other() -> None:
+    folders = ("logitstore", "kernels", "trainer", "examples", "tests", "benchmarks")
+    there = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    there = {name for name in there if not name.endswith("__init__.py")}
+    named = tree_files()
+    assert there - named == set()
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+def test_the_plug_in_example_is_the_file_that_a_test_runs() -> None:
+    example = (ROOT / "examples" / "hf_trainer.py").read_text()
+    block = example.split("# plug-in: begin\n", 1)[1].split("    # plug-in: end", 1)[0]
+    lines = [line.removeprefix("    ").rstrip() for line in block.splitlines()]
+    assert len(lines) <= 10
+    assert "\n".join(lines) in README
+
+
+def test_links_lead_to_files() -> None:
+    for name in ("README.md", "docs/two-steps.md", "FORMAT.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+
+
+def test_commands_are_those_of_the_command_line() -> None:
+    block = README.split("## The commands", 1)[1].split("```")[1]
+    named = {word for line in block.strip().splitlines() for word in re.findall(r"[a-z]+", line.split("  ")[0])}
+    assert set(COMMANDS) <= named
+
+
+def test_numbers_of_the_seeds_are_those_of_the_committed_rows() -> None:
+    path = ROOT / "benchmarks" / "results" / "demo_seeds.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["seed"] for row in rows}) == len(rows) >= 5
+    for row in rows:
+        labels, distilled = row["students"]["labels"], row["students"]["distilled"]
+        for number in (row["teacher"]["loss_nats"], labels["loss_nats"], distilled["loss_nats"]):
+            assert f"{number:.4f}" in README
+        assert f"{labels['kl_teacher_nats']:.4f}" in README
+        assert f"{distilled['kl_teacher_nats']:.4f}" in README
+
+
+def test_numbers_of_the_real_line_are_those_of_the_committed_row() -> None:
+    path = ROOT / "benchmarks" / "results" / "real_line.jsonl"
+    row = json.loads(path.read_text().splitlines()[-1])
+    assert f"{row['store']['bytes_per_token']:.1f}" in README
+    for student in row["students"].values():
+        assert f"{student['loss_nats']:.4f}" in README
+        assert f"{student['kl_teacher_nats']:.4f}" in README
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git checkout")
+def test_ci_runs_the_readme_s_test_command() -> None:
+    assert "make test" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    listed = subprocess.run(["git", "ls-files", "-s", ".ci/run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout.startswith("100755")
