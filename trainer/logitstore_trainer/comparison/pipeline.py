@@ -1,7 +1,7 @@
 """From a teacher and two texts to a store and two measured students: the part that every comparison shares.
 
 It decides what is compared: two students of equal size, weights, batches and steps, of which one learns from the
-labels alone and one from the store with the loss 0.7 * T^2 * KL + 0.3 * cross-entropy at T = 2.
+labels alone and one from the store with the loss 0.7 * T^2 * KL + 0.3 * cross-entropy, at T = 2 unless it is said.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,6 @@ from logitstore_trainer.progress import Progress
 from logitstore_trainer.student import build_student
 from logitstore_trainer.train import TrainConfig, train
 
-TEMPERATURE = 2.0
 ALPHAS = {"labels": 0.0, "distilled": 0.7}
 TRAIN_STORE, HELD_OUT_STORE = "teacher_logits.parquet", "heldout_logits.parquet"
 STUDENT_FOLDERS = {name: f"student-{name}" for name in ALPHAS}
@@ -30,7 +29,8 @@ class ComparisonSettings:
     """teacher: a folder or .gguf file. train_data, held_out_data: data sets as `logitstore collect` takes them. out: a
     folder. student: as build_student takes it; steps of batch_size samples each, lr: peak learning rate, the same for
     both. max_train_tokens, max_held_out_tokens: how much is collected, None for all. max_length: tokens of a sample.
-    fidelity_rows: on how many held-out rows the store is compared with its teacher, None for all."""
+    fidelity_rows: on how many held-out rows the store is compared with its teacher, None for all. temperature: of the
+    distilled student's loss."""
 
     teacher: str
     train_data: Path
@@ -45,6 +45,7 @@ class ComparisonSettings:
     max_held_out_tokens: int | None = None
     fidelity_rows: int | None = None
     codec_options: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 2.0
     seed: int = 0
 
 
@@ -74,7 +75,7 @@ def compare(settings: ComparisonSettings, stages: Stages) -> dict[str, Any]:
         row |= {"tokens": len(models) * held_out.n_tokens, "what": "teacher and students on held-out text"}
     n_teacher = sum(parameter.numel() for parameter in teacher.parameters())
     return {
-        "temperature": TEMPERATURE,
+        "temperature": settings.temperature,
         "label_probability": label_probability,
         "store": _store_row(store, kept),
         "teacher": {"n_parameters": n_teacher, **measured["teacher"]},
@@ -127,7 +128,7 @@ def _train_student(
             student=settings.student,
             data=[str(store.path)],
             out=str(folder),
-            temperature=TEMPERATURE,
+            temperature=settings.temperature,
             alpha=ALPHAS[name],
             steps=settings.steps,
             batch_size=settings.batch_size,
