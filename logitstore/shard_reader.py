@@ -126,7 +126,7 @@ class ShardReader:
                     f"a Parquet file without {key!r}: not written by logitstore, or written anew by another tool"
                 )
         index = unpack_index(key_values[INDEX_KEY], key_values[SPEC_KEY])
-        if not len(MAGIC) <= index.data_end <= size - 12 - footer_bytes + 4:
+        if not len(MAGIC) <= index.data_end <= size - 8 - footer_bytes:
             raise CorruptionError(f"data ends at byte {index.data_end} by the index, in a file of {size:,}")
         return key_values[SPEC_KEY], index
 

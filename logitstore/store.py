@@ -50,12 +50,7 @@ class LogitStore:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample i (negative: from the end). Raises IndexError, CorruptionError or FormatError."""
-        stored, where = self.read_stored(i)
-        try:
-            targets = self.spec.codec.decode(stored.blob, stored.input_ids)
-        except (LogitStoreError, ValueError) as error:
-            raise CorruptionError(f"{where}: {error}") from None
-        return Sample(stored.sample_id, stored.source_row, stored.input_ids, stored.loss_mask, targets)
+        return self.decoded(*self.read_stored(i))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -70,6 +65,14 @@ class LogitStore:
         shard = self._shards[number]
         within = i - (int(self._ends[number]) - len(shard))
         return shard.read(within), f"{shard.path}, sample {within}"
+
+    def decoded(self, stored: StoredSample, where: str) -> Sample:
+        """The sample of which read_stored gave this. Raises CorruptionError naming its place."""
+        try:
+            targets = self.spec.codec.decode(stored.blob, stored.input_ids)
+        except (LogitStoreError, ValueError) as error:
+            raise CorruptionError(f"{where}: {error}") from None
+        return Sample(stored.sample_id, stored.source_row, stored.input_ids, stored.loss_mask, targets)
 
     def verify(self) -> "VerifyReport":
         """Reads and checks everything; see logitstore.verify."""

@@ -52,8 +52,8 @@ def verify_store(store: LogitStore, on_sample: Callable[[], None] | None = None)
     n_checked = n_present = 0
     for i in range(len(store)):
         try:
-            stored, _ = store.read_stored(i)
-            sample = store[i]
+            stored, where = store.read_stored(i)
+            sample = store.decoded(stored, where)
         except LogitStoreError as error:
             faults.append(str(error))
             continue

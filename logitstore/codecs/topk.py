@@ -41,7 +41,7 @@ MAX_VOCAB_SIZE = 1 << 24
 
 @dataclass(frozen=True)
 class TopKCodec:
-    """Keeps k entries a row (fewer where fewer have a probability), and the tail's mass at T = 1 and T = 2.
+    """Keeps k entries a row (fewer where fewer tokens have a probability), and the tail's mass at T = 1 and T = 2.
 
     head: "int8", "fp8" or "fp16", how log-probs are stored; tail: "residual". Raises ValueError for anything else.
     """
@@ -53,7 +53,7 @@ class TopKCodec:
 
     def __post_init__(self) -> None:
         _require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        _require_int("k", self.k, 1, min(self.vocab_size, 65535))
+        _require_int("k", self.k, 1, 65535)
         if self.head not in HEAD_FORMATS:
             raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
         if self.tail != "residual":
@@ -101,7 +101,6 @@ class TopKCodec:
         logps: Any,
         tail_logmass: Any,
         tail_logmoment_half: Any,
-        *,
         input_ids: Any,
         keep_mask: Any = None,
     ) -> TeacherTargets:

@@ -224,6 +224,16 @@ def test_entries_behind_the_kth_join_the_tail() -> None:
     np.testing.assert_allclose(from_more.tail_logmoment_half, direct.tail_logmoment_half, atol=1.5e-3)
 
 
+def test_a_k_above_the_vocabulary_keeps_it_all() -> None:
+    rng = np.random.default_rng(11)
+    logits, input_ids = peaked_logits(rng, 6, 10), rng.integers(0, 10, 6)
+    codec = logitstore.make_codec("topk", vocab_size=10, head="fp16")
+    targets = codec.decode(codec.encode(codec.targets_from_logits(logits, input_ids), input_ids), input_ids)
+    assert targets.counts.tolist() == [10] * 5
+    assert np.isneginf(targets.tail_logmass).all()
+    np.testing.assert_allclose(targets.dense_logprobs(), log_softmax(logits[:-1]), atol=2e-2)
+
+
 def test_numpy_and_torch_topk_are_equal() -> None:
     torch = pytest.importorskip("torch")
     from logitstore_kernels import topk_with_tail as topk_with_tail_torch
@@ -283,8 +293,8 @@ def test_codec_round_trips_through_a_folder(tmp_path) -> None:
         ({"tail": "predicted"}, "tail must be 'residual'"),
         ({"min_prob": 0.01}, "no option 'min_prob'"),
         ({"tail_step": 0.5}, "no option 'tail_step'"),
-        ({"k": 0}, "k must be an integer from 1 to 100"),
-        ({"k": 101}, "k must be an integer from 1 to 100, got 101"),
+        ({"k": 0}, "k must be an integer from 1 to 65,535, got 0"),
+        ({"k": 65536}, "k must be an integer from 1 to 65,535, got 65536"),
         ({"k": 2.0}, "k must be an integer"),
         ({"vocab_size": 0}, "vocab_size must be an integer from 1"),
         ({"vocab_size": (1 << 24) + 1}, "16,777,216"),

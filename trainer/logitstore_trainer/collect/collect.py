@@ -259,15 +259,12 @@ def _max_length(settings: CollectSettings, info: TeacherInfo) -> int:
 
 
 def _codec(settings: CollectSettings, info: TeacherInfo) -> Codec:
-    options = dict(settings.codec_options)
-    if settings.codec == "topk":
-        options.setdefault("k", min(64, info.vocab_size))
-    return logitstore.make_codec(settings.codec, vocab_size=info.vocab_size, **options)
+    return logitstore.make_codec(settings.codec, vocab_size=info.vocab_size, **settings.codec_options)
 
 
 def _raw_row_bytes(codec: Codec) -> int:
     """Bytes of a full row before compression."""
-    return 12 + codec.k * (5 if codec.head == "fp16" else 4)
+    return 12 + min(codec.k, codec.vocab_size) * (5 if codec.head == "fp16" else 4)
 
 
 def _spec(
