@@ -18,25 +18,19 @@ import logitstore
 
 def make_trainer(model: PreTrainedModel, args: TrainingArguments, path: str) -> Trainer:
     """Your Trainer, learning from the store at `path`."""
+    # fmt: off
     # plug-in: begin
     store = logitstore.open(path)
     decoder = TeacherDecoder(store)
-
     class MyTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            loss = distillation_loss(
-                outputs.logits.flatten(0, 1),
-                decoder(inputs),
-                next_token_labels(inputs["labels"]),
-                temperature=2.0,
-                alpha=0.7,
-                num_items_in_batch=num_items_in_batch,
-            )
+            loss = distillation_loss(outputs.logits.flatten(0, 1), decoder(inputs), next_token_labels(inputs["labels"]),
+                                     temperature=2.0, alpha=0.7, num_items_in_batch=num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-
     trainer = MyTrainer(model, args, data_collator=collate, train_dataset=store)
     # plug-in: end
+    # fmt: on
     return trainer
 
 

@@ -228,7 +228,15 @@ def test_ctrl_c_ends_in_one_line(teacher_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "logitstore_trainer", "collect", "--teacher", str(teacher_folder)]
     command += ["--dataset", str(dataset), "--out", str(out), "--max-length", "64", "--batch-size", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a suite that runs in the background has SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     for line in child.stdout:
         if line.startswith("estimate from the first"):
             break
