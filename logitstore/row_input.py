@@ -118,5 +118,6 @@ def moved_to_tail(given: GivenRows, k: int) -> GivenRows:
 def as_numpy(array: Any) -> NDArray:
     """A numpy view or copy of an array-like or torch tensor."""
     if hasattr(array, "detach"):
-        array = array.detach().cpu().numpy()
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
     return np.asarray(array)

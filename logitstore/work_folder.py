@@ -48,7 +48,7 @@ class WorkFolder:
         where it belongs to another spec or layout, FormatError where its plan cannot be read.
         """
         folder = work_path(store_path)
-        if (folder / _PLAN).exists() and not resume:
+        if not resume and any(folder.glob("group-*.parquet")):
             raise FileExistsError(f"{folder} holds an unfinished store; resume it, or delete that folder")
         folder.mkdir(parents=True, exist_ok=True)
         work = WorkFolder(folder, _locked(folder), spec)
@@ -112,7 +112,8 @@ class WorkFolder:
 
     def _agree_on_plan(self, store_path: Path, spec: StoreSpec, shard_samples: int | None) -> None:
         plan = read_plan(store_path)
-        if plan is None:
+        nothing_done = not self._groups() and not any(store_path.glob("*.parquet"))
+        if plan is None or nothing_done:
             path = self.folder / _PLAN
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps({"spec": spec.to_json(), "shard_samples": shard_samples}))

@@ -104,6 +104,8 @@ class StoreWriter:
         Raises ValueError, CorruptionError or SpecMismatchError for what does not fit, OSError where the disk fails.
         """
         tokens = checked_input_ids(input_ids, self.spec.vocab_size)
+        if not all(-(2**63) <= number < 2**63 for number in (int(sample_id), int(source_row))):
+            raise ValueError(f"sample_id {sample_id} or source_row {source_row} does not fit into 64 bits")
         if len(tokens) == 0:
             raise ValueError(f"sample {sample_id} has no tokens")
         learned = np.ones(len(tokens), bool) if loss_mask is None else as_numpy(loss_mask)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +311,8 @@ def test_bad_arguments_are_one_line(
         ((teacher_folder, prompts, tmp_path / "file" / "x.parquet"), "--out cannot be written"),
         ((teacher_folder, prompts, out, "--set", "k"), "--set takes OPTION=VALUE, got 'k'"),
         ((teacher_folder, prompts, out, "--set", "depth=3"), "no option 'depth'"),
+        ((teacher_folder, prompts, out, "--set", "vocab_size=5"), "--set vocab_size is not an option"),
+        ((teacher_folder, prompts, out, "--generate-temperature", "nan"), "--generate-temperature must be 0 or above"),
         ((teacher_folder, prompts, out, "--codec", "varopt"), "no codec is named 'varopt'"),
         ((teacher_folder, prompts, out, "--max-length", "100000"), "beyond the 512 positions"),
         ((teacher_folder, prompts, out, "--max-length", "8"), "the prompt fills the window"),
@@ -350,3 +354,69 @@ def test_verify_of_a_damaged_store_exits_with_1(
     assert main(["inspect", str(out)]) == 1
     assert "it was cut, copy it again" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "absent.parquet")]) == 2
+
+
+def test_the_size_of_a_large_data_set_is_extrapolated(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """200 rows of 2 to 8 tokens and EOS, of which 40 are looked at."""
+    monkeypatch.setattr("logitstore_trainer.collect.size.COUNTED_ROWS", 100)
+    monkeypatch.setattr("logitstore_trainer.collect.size.SAMPLED_ROWS", 40)
+    dataset = write_jsonl(tmp_path / "d.jsonl", [{"text": "x" * (2 + i % 7)} for i in range(200)])
+    assert collect(teacher_folder, dataset, tmp_path / "x.parquet", "--set", "k=3") == 0
+    printed = capsys.readouterr().out
+    samples, tokens = (
+        int(n.replace(",", "")) for n in re.search(r"about ([\d,]+) samples of ([\d,]+) tokens", printed).groups()
+    )
+    assert samples == 200
+    assert tokens == pytest.approx(logitstore.open(tmp_path / "x.parquet").n_tokens, rel=0.1)
+
+
+def test_killed_after_the_last_shard_it_is_finished(
+    teacher_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("logitstore_trainer.collect.size.SHARD_BYTES", 8_000)
+    out = tmp_path / "x.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr("logitstore.work_folder.WorkFolder.remove", lambda self: None)
+        assert collect(teacher_folder, prompts, out) == 0
+    assert work_path(out).is_dir()
+    assert collect(teacher_folder, prompts, out) == 0
+    assert "finished already, 20 samples" in capsys.readouterr().out
+    assert not work_path(out).exists()
+
+
+def test_a_run_that_failed_before_its_first_group_claims_nothing(
+    teacher_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "logitstore_trainer.collect.collect.load_teacher", lambda *a, **k: (_ for _ in ()).throw(ValueError("no"))
+        )
+        assert collect(teacher_folder, prompts, tmp_path / "x.parquet") == 2
+    assert work_path(tmp_path / "x.parquet").is_dir()
+    assert collect(teacher_folder, prompts, tmp_path / "x.parquet", "--set", "k=5") == 0
+    assert logitstore.open(tmp_path / "x.parquet").spec.codec.k == 5
+
+
+def test_generated_completions_stay_within_the_window(teacher_folder: Path, tmp_path: Path) -> None:
+    dataset = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x" * n} for n in (3, 20, 28, 29)])
+    options = ("--generate", "10", "--max-length", "32")
+    assert collect(teacher_folder, dataset, tmp_path / "x.parquet", *options) == 0
+    lengths = [len(sample.input_ids) for sample in logitstore.open(tmp_path / "x.parquet")]
+    assert all(n <= 32 for n in lengths)
+    assert len(lengths) == 4
+
+
+def test_another_chat_template_is_another_collection(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    dataset = write_jsonl(tmp_path / "m.jsonl", [{"messages": messages}])
+    assert collect(teacher_folder, dataset, tmp_path / "x.parquet") == 0
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, copy)
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n", "assistant \\n"))
+    assert collect(copy, dataset, tmp_path / "x.parquet") == 2
+    assert "chat_template_sha256" in capsys.readouterr().err

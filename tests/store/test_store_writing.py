@@ -182,7 +182,9 @@ def test_a_finished_store_is_not_overwritten(tmp_path: Path, samples) -> None:
 )
 def test_another_spec_on_an_unfinished_store_is_refused(tmp_path: Path, samples, change: dict, message: str) -> None:
     path = tmp_path / "x.parquet"
-    with pytest.raises(RuntimeError), logitstore.create(path, make_spec()):
+    with pytest.raises(RuntimeError), logitstore.create(path, make_spec()) as writer:
+        writer.append(0, samples[0].input_ids, samples[0].targets)
+        writer.flush()
         raise RuntimeError
     with pytest.raises(logitstore.SpecMismatchError, match=message):
         logitstore.create(path, make_spec(**change), resume=True)
@@ -211,6 +213,8 @@ def test_bad_samples_are_refused_and_the_rest_is_written(tmp_path: Path, samples
             writer.append(7, s.input_ids[:0], s.targets)
         with pytest.raises(ValueError, match="loss_mask must be bool"):
             writer.append(7, s.input_ids, s.targets, s.loss_mask[:-1])
+        with pytest.raises(ValueError, match="does not fit into 64 bits"):
+            writer.append(2**70, s.input_ids, s.targets)
         with pytest.raises(ValueError, match="outside the vocabulary"):
             writer.append(7, s.input_ids + 400, s.targets)
         with pytest.raises(ValueError, match="not the ones that the targets were made with"):

@@ -25,7 +25,7 @@ COMMANDS = {
     "demo": Command("logitstore_trainer.demo.command", "the whole pipeline on bundled text, with a report: start here"),
     "collect": Command("logitstore_trainer.collect.command", "store a teacher's distributions over a data set"),
     "inspect": Command("logitstore_trainer.store_commands.inspect", "what a store holds"),
-    "verify": Command("logitstore_trainer.store_commands.verify", "check every byte of a store, and its alignment"),
+    "verify": Command("logitstore_trainer.store_commands.verify", "check a store's data, checksums and alignment"),
     "head": Command("logitstore_trainer.store_commands.head", "the first tokens with the teacher's top tokens"),
     "train": Command("logitstore_trainer.train", "train a student from a store"),
     "bench": Command("logitstore_trainer.bench.command", "measure storage, throughput or kernels, with a report"),
@@ -64,6 +64,10 @@ def one_line_errors(run: Callable[[], int]) -> int:
         return _fail(_one_line(error), 1)
     except (LogitStoreError, ValueError, OSError) as error:
         return _fail(_one_line(error), 2)
+    except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        return _fail(f"out of memory: {_one_line(error)[:200]}; use a smaller --batch-size or --max-length", 2)
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:

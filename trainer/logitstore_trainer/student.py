@@ -177,7 +177,10 @@ def _from_scratch(shape: LlamaShape, store: "LogitStore", seed: int) -> Student:
 
 
 def _load(name: str, spec: "StoreSpec") -> Student:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from logitstore_trainer.collect.teacher import require_causal_lm
 
     path = Path(name).expanduser()
     if (name.startswith((".", "/", "~")) or path.is_file()) and not path.is_dir():
@@ -189,9 +192,20 @@ def _load(name: str, spec: "StoreSpec") -> Student:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(spec, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name)
+        require_causal_lm(name, config)
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"cannot load student {name!r} as a causal language model: {first_line}") from error
+    absent = sorted(set(loading["missing_keys"]) & {key for key, _ in model.named_parameters()})
+    if absent:
+        raise ValueError(f"student {name!r} is not a whole causal language model: its files lack {absent[0]}")
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and spec.max_length is not None and positions < spec.max_length:
+        raise ValueError(
+            f"student {name!r} has {positions} positions, samples of the store up to {spec.max_length} tokens; "
+            "collect with a smaller --max-length, or take another student"
+        )
     check_vocabulary(spec, model)
     return Student(model=model, tokenizer=tokenizer, from_scratch=False)

@@ -22,6 +22,8 @@ from logitstore_kernels import topk_with_tail
 
 import logitstore
 from logitstore.codecs.registry import Codec
+from logitstore.fingerprint import sha256_json
+from logitstore.shard_reader import ShardReader
 from logitstore.shard_writer import GROUP_SAMPLES
 from logitstore.spec import require_same_spec
 from logitstore.tables import folder_sha256, put_tokenizer_folder
@@ -132,7 +134,7 @@ class _Collection:
                 raise OSError(f"{_os_reason(error)}; {safe}") from error
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"interrupted with {writer.n_acknowledged:,} samples done; {safe}") from None
-        self.say(self.counts.summary())
+        self.say(f"this run: {self.counts.summary()}")
         store = logitstore.open(self.settings.out)
         return _result(store, seconds=self.run_seconds, new_tokens=self.n_new_tokens, was_finished=False)
 
@@ -151,25 +153,28 @@ class _Collection:
         samples = remaining_samples(
             self.dataset, self.tokeniser, self.settings, self._complete, done=done, counts=self.counts
         )
+        started_s = time.monotonic()
         first = next(samples, None)
         if first is None:
             if done.n_samples == 0:
                 raise ValueError(f"{self.dataset.path}: no row gave a sample ({self.counts.summary()})")
             return
+        self.info.require_ids_in_head(first.input_ids, f"row {first.source_row}")
         forward = choose_forward(self.teacher, first.input_ids)
         if note := forward.note(len(first.input_ids)):
             self.say(note)
         with Progress(total=self.size.n_tokens, desc="collecting", unit="tokens") as shown:
             shown.update(done.n_tokens)
-            self._fill_windows(writer, forward, itertools.chain([first], samples), shown)
+            self._fill_windows(writer, forward, itertools.chain([first], samples), shown, started_s)
 
-    def _complete(self, prompts: Sequence[Sequence[int]], source_rows: Sequence[int]) -> list[list[int]]:
-        assert self.settings.generate is not None
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], source_rows: Sequence[int], max_new_tokens: int
+    ) -> list[list[int]]:
         return generate_completions(
             self.teacher,
             prompts,
             source_rows,
-            max_new_tokens=self.settings.generate,
+            max_new_tokens=max_new_tokens,
             temperature=self.settings.generate_temperature,
             seed=self.settings.seed,
         )
@@ -180,6 +185,7 @@ class _Collection:
         forward: ChunkedForward,
         samples: Iterator[TokenisedSample],
         shown: Progress,
+        started_s: float,
     ) -> None:
         """Runs windows of samples: sorted by length into batches, stored in order.
 
@@ -187,17 +193,17 @@ class _Collection:
         interruption costs no more than that.
         """
         window_samples = self.settings.batch_size
-        started_s = flushed_s = time.monotonic()
+        flushed_s = window_started_s = started_s
         sample_id = writer.n_acknowledged
         while window := list(itertools.islice(samples, window_samples)):
             if writer.n_pending + len(window) > GROUP_SAMPLES:
                 writer.flush()
-            window_started_s = time.monotonic()
             for sample, targets in zip(window, self._targets(forward, window, shown), strict=True):
                 writer.append(sample_id, sample.input_ids, targets, sample.loss_mask, source_row=sample.source_row)
                 sample_id += 1
             now_s = time.monotonic()
-            window_s = max(now_s - window_started_s, 1e-3)
+            window_s = max(now_s - window_started_s, 1e-3)  # completions that the teacher wrote for it included
+            window_started_s = now_s
             if self.n_new_tokens == sum(len(sample.input_ids) for sample in window):
                 self._say_estimate(window, window_s, writer)
             if now_s - flushed_s + window_s > FLUSH_SECONDS:
@@ -272,6 +278,8 @@ def _spec(
 ) -> logitstore.StoreSpec:
     device = choose_device(settings.device)
     collection = {"shape": dataset.shape, "max_tokens": settings.max_tokens}
+    if dataset.shape == "messages":
+        collection["chat_template_sha256"] = sha256_json(info.tokenizer.chat_template)
     if settings.generate is not None:
         collection |= {
             "generate": settings.generate,
@@ -318,13 +326,21 @@ def _os_reason(error: OSError) -> str:
 
 
 def _finished(path: Path, spec: logitstore.StoreSpec) -> logitstore.LogitStore | None:
-    """The finished store at `path`; None where shards are still to come. Raises SpecMismatchError for another one."""
-    if path.is_dir() and read_plan(path) is not None:
+    """The finished store at `path`; None where shards are still to come. Raises SpecMismatchError for another one.
+
+    A work folder that a run left behind after its last shard was in place is removed.
+    """
+    if path.is_dir() and read_plan(path) is not None and not _has_last_shard(path):
         return None
     store = logitstore.open(path)
     require_same_spec(store.spec, spec, where=str(path), advice="choose another --out, or delete that store")
     shutil.rmtree(work_path(path), ignore_errors=True)
     return store
+
+
+def _has_last_shard(path: Path) -> bool:
+    shards = sorted(path.glob("*.parquet"))
+    return bool(shards) and ShardReader(shards[-1]).index.is_last
 
 
 def _result(store: logitstore.LogitStore, *, seconds: float, new_tokens: int, was_finished: bool) -> CollectResult:

@@ -9,8 +9,8 @@ from logitstore_trainer.collect.rows import Row
 from logitstore_trainer.collect.settings import CollectSettings
 from logitstore_trainer.collect.tokenise import Counts, TokenisedSample, Tokeniser
 
-# prompts as token ids, and their rows in the data set -> completions as token ids
-Complete = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[int]]]
+# prompts as token ids, their rows in the data set, most new tokens -> completions as token ids
+Complete = Callable[[Sequence[Sequence[int]], Sequence[int], int], list[list[int]]]
 
 
 def remaining_samples(
@@ -38,7 +38,7 @@ def remaining_samples(
         if to_skip:
             next(rows)  # that prompt has its completion in the store
             to_skip = 0
-        samples = _completed(rows, tokeniser, settings.batch_size, complete, counts)
+        samples = _completed(rows, tokeniser, settings, complete, counts)
     for sample in samples:
         if to_skip:
             to_skip -= 1
@@ -50,14 +50,26 @@ def remaining_samples(
 
 
 def _completed(
-    rows: Iterator[Row], tokeniser: Tokeniser, batch_size: int, complete: Complete, counts: Counts
+    rows: Iterator[Row], tokeniser: Tokeniser, settings: CollectSettings, complete: Complete, counts: Counts
 ) -> Iterator[TokenisedSample]:
-    """Yields prompt rows with completions that the teacher writes, a batch at a time."""
+    """Yields prompt rows with completions that the teacher writes, a batch at a time.
+
+    A prompt that leaves less than settings.generate tokens of the window is completed alone, up to the window's end.
+    """
+    assert settings.generate is not None
     prompts = _fitting_prompts(rows, tokeniser, counts)
-    while batch := list(itertools.islice(prompts, batch_size)):
-        completions = complete([prompt_ids for _, prompt_ids in batch], [row.source_row for row, _ in batch])
-        for (row, prompt_ids), completion_ids in zip(batch, completions, strict=True):
-            for sample in tokeniser.completed(row, prompt_ids, completion_ids, counts):
+    while batch := list(itertools.islice(prompts, settings.batch_size)):
+        room = [min(settings.generate, tokeniser.max_length - len(prompt_ids)) for _, prompt_ids in batch]
+        together = [i for i, n in enumerate(room) if n == settings.generate]
+        completions: dict[int, list[int]] = {}
+        for group in [together, *([i] for i in range(len(batch)) if i not in together)]:
+            if group:
+                written = complete(
+                    [batch[i][1] for i in group], [batch[i][0].source_row for i in group], room[group[0]]
+                )
+                completions |= zip(group, written, strict=True)
+        for i, (row, prompt_ids) in enumerate(batch):
+            for sample in tokeniser.completed(row, prompt_ids, completions[i], counts):
                 counts.add(sample)
                 yield sample
 

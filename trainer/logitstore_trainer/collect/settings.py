@@ -56,6 +56,12 @@ class CollectSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not 0 <= self.generate_temperature < float("inf"):
+            raise ValueError(f"--generate-temperature must be 0 or above, got {self.generate_temperature}")
+        for name in {"name", "vocab_size"} & set(self.codec_options):
+            raise ValueError(
+                f"--set {name} is not an option: the codec is named by --codec, its vocabulary is the teacher's"
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,22 +1,24 @@
 """How large a collection will be, before it starts: tokens, bytes, shards.
 
-A data set of at most COUNTED_ROWS rows is tokenised whole and counted; of a larger one that many rows, spread evenly,
-are tokenised and the rest is extrapolated. The number of shards hangs on nothing but this, and is fixed before the
-first token.
+A data set of at most COUNTED_ROWS rows is tokenised whole and counted; of a larger one SAMPLED_ROWS rows, spread
+evenly, are tokenised and the rest is extrapolated. The number of shards hangs on nothing but this, and is fixed before
+the first token.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from logitstore_trainer.collect.prompts import Dataset
+from logitstore_trainer.collect.rows import Row
 from logitstore_trainer.collect.settings import CollectSettings
 from logitstore_trainer.collect.tokenise import Counts, Tokeniser
 from logitstore_trainer.progress import progress
 
 COUNTED_ROWS = 20_000
+SAMPLED_ROWS = 2_000
 SHARD_BYTES = 384 << 20
 
 
@@ -42,7 +44,8 @@ def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettin
     """The size of this collection. Raises ValueError where no row gives a sample."""
     counts = Counts()
     n_prompts = 0
-    for row in _spread_rows(dataset):
+    rows, n_counted = _spread_rows(dataset)
+    for row in rows:
         if settings.generate is None:
             for _ in tokeniser.samples([row], counts):
                 pass
@@ -55,10 +58,9 @@ def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettin
     counts.samples += n_prompts
     if not counts.samples:
         raise ValueError(f"{dataset.path}: no row gives a sample ({counts.summary()}); raise --max-length")
-    n_counted = min(dataset.n_rows, COUNTED_ROWS)
     scale = dataset.n_rows / n_counted
     if settings.max_tokens is not None:
-        scale = min(scale, (settings.max_tokens + tokeniser.max_length) / counts.tokens)
+        scale = min(scale, settings.max_tokens / counts.tokens)
     stored_rows = counts.tokens - counts.samples if settings.keep_prompt else counts.learned_tokens
     return PlannedSize(
         n_samples=math.ceil(counts.samples * scale),
@@ -69,11 +71,11 @@ def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettin
     )
 
 
-def _spread_rows(dataset: Dataset) -> Any:
+def _spread_rows(dataset: Dataset) -> tuple[Iterator[Row], int]:
+    """All rows, or SAMPLED_ROWS of a large data set spread evenly over it, and how many they are."""
     if dataset.n_rows <= COUNTED_ROWS:
-        rows = dataset.rows()
+        rows, count = dataset.rows(), dataset.n_rows
     else:
-        chosen = np.linspace(0, dataset.n_rows - 1, COUNTED_ROWS // 10).astype(int)
-        rows = (next(dataset.rows(int(start))) for start in chosen)
-    total = min(dataset.n_rows, COUNTED_ROWS)
-    return progress(rows, total=total, desc="counting tokens", unit="rows")
+        chosen = np.linspace(0, dataset.n_rows - 1, SAMPLED_ROWS).astype(int)
+        rows, count = (next(dataset.rows(int(start))) for start in chosen), SAMPLED_ROWS
+    return progress(rows, total=count, desc="counting tokens", unit="rows"), count

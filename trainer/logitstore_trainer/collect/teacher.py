@@ -118,7 +118,7 @@ def inspect_teacher(teacher: str | TeacherSource, *, trust_remote_code: bool = F
         raise ValueError(
             f"{source.name}: not a model that can be loaded: {_first_line(error)}; {_remedy(error)}"
         ) from None
-    _require_causal_lm(source.name, config)
+    require_causal_lm(source.name, config)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config(decoder=True)
     n_ids = max(tokenizer.get_vocab().values()) + 1
@@ -217,7 +217,7 @@ def cpu_computes_bf16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def _require_causal_lm(name: str, config: Any) -> None:
+def require_causal_lm(name: str, config: Any) -> None:
     """Refuses encoders and encoder-decoders; transformers would load some of them and compute nonsense."""
     architectures = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
