@@ -124,7 +124,7 @@ def _shard_paths(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        shards = sorted(path.glob("*.parquet"))
+        shards = sorted(entry for entry in path.glob("*.parquet") if entry.is_file())
         if not shards:
             raise FormatError(f"{path}: a folder without .parquet files, not a store")
         return shards

@@ -15,8 +15,9 @@ MAX_FAULTS = 100
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """faults: one line each, naming file and sample, at most MAX_FAULTS. label_probability: mean stored probability
-    of the token at shifts -1, 0 and +1 from the label. n_checked: samples that read and decoded without a fault."""
+    """faults: one line each, naming file and sample; after MAX_FAULTS a last line says how many more there are.
+    label_probability: mean stored probability of the token at shifts -1, 0 and +1 from the label. n_checked: samples
+    that read and decoded without a fault."""
 
     path: Path
     faults: tuple[str, ...]
@@ -69,7 +70,7 @@ def verify_store(store: LogitStore, on_sample: Callable[[], None] | None = None)
         faults.append(f"{store.path}: {fault}")
     return VerifyReport(
         path=store.path,
-        faults=tuple(faults[:MAX_FAULTS]),
+        faults=tuple(_shortened(faults)),
         n_samples=len(store),
         n_checked=n_checked,
         n_tokens=store.n_tokens,
@@ -77,3 +78,8 @@ def verify_store(store: LogitStore, on_sample: Callable[[], None] | None = None)
         file_bytes=store.file_bytes,
         label_probability=shift.means(),
     )
+
+
+def _shortened(faults: list[str]) -> list[str]:
+    n_more = len(faults) - MAX_FAULTS
+    return faults if n_more <= 0 else [*faults[:MAX_FAULTS], f"and {n_more:,} more faults"]

@@ -11,6 +11,7 @@ from typing import Any
 
 DTYPES = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TAILS = ("bucket", "uniform", "renormalised", "dropped")
 EXAMPLES = """examples:
   logitstore train --student 20M --data teacher_logits.parquet --out student
   logitstore train --student HuggingFaceTB/SmolLM2-135M --data teacher_logits.parquet --eval-fraction 0.05 --out student
@@ -86,7 +87,9 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--eval-data and --eval-fraction exclude each other: give one")
     if not config.data or isinstance(config.data, str):
         raise ValueError(f"data must be a list of at least one store, got {config.data!r}")
-    for option, value, known in (("--dtype", config.dtype, DTYPES), ("--device", config.device, DEVICES)):
+    choices = [("--dtype", config.dtype, DTYPES), ("--device", config.device, DEVICES)]
+    choices += [("--tail", config.tail, TAILS)] if config.tail is not None else []
+    for option, value, known in choices:
         if value not in known:
             raise ValueError(f"{option} {value!r} is not one of {', '.join(known)}")
 

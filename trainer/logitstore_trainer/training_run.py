@@ -203,6 +203,8 @@ def _transformers_display_kept() -> Iterator[None]:
 
 def _check_device(config: TrainConfig) -> None:
     available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.dtype == "bf16" and config.device == "auto" and not torch.cuda.is_available():
+        raise ValueError("--dtype bf16 without a GPU: say --device cpu if you mean it (most CPUs are slower in bf16)")
     if not available[config.device]:
         raise ValueError(f"--device {config.device}: this PyTorch sees no such device here; use --device cpu or auto")
 

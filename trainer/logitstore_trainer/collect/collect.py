@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,9 +117,8 @@ class _Collection:
         self.run_seconds = 0.0
 
     def run(self) -> CollectResult:
-        with tempfile.TemporaryDirectory() as folder:
-            self.info.tokenizer.save_pretrained(folder)
-            put_tokenizer_folder(Path(folder), self.settings.out)
+        with _tokenizer_files(self.info) as folder:
+            put_tokenizer_folder(folder, self.settings.out)
         plan = read_plan(self.settings.out)
         shard_samples = plan.shard_samples if plan is not None else self.size.shard_samples
         with logitstore.create(self.settings.out, self.spec, shard_samples, resume=True) as writer:
@@ -304,9 +304,19 @@ def _spec(
 
 
 def _tokenizer_files_sha256(info: TeacherInfo) -> str:
+    with _tokenizer_files(info) as folder:
+        return folder_sha256(folder)
+
+
+@contextmanager
+def _tokenizer_files(info: TeacherInfo) -> Iterator[Path]:
+    """A temporary folder with the tokenizer's files. Raises OSError where it cannot be written."""
     with tempfile.TemporaryDirectory() as folder:
-        info.tokenizer.save_pretrained(folder)
-        return folder_sha256(Path(folder))
+        try:
+            info.tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
+            raise OSError(f"the tokenizer's files cannot be written into {folder}: {error}") from None
+        yield Path(folder)
 
 
 def _require_writable_folder(folder: Path) -> None:

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns 0."""
     store = logitstore.open(args.path)
+    if args.rows < 1 or args.top < 1:
+        raise ValueError(f"--rows and --top must be at least 1, got {args.rows} and {args.top}")
     if not -len(store) <= args.sample < len(store):
         raise ValueError(f"--sample {args.sample}: {args.path} has {len(store)} samples, 0 to {len(store) - 1}")
     sample = store[args.sample]
