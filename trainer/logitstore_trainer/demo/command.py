@@ -19,7 +19,7 @@ the store too. It prints what came out, whatever it is, and leaves every file in
 
 examples:
   logitstore demo
-  logitstore demo --quick --out /tmp/quick
+  logitstore demo --quick --out quick-demo
 """
 
 
