@@ -9,7 +9,6 @@ end it prints every row and what they say together, whatever it is.
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -41,7 +40,7 @@ def run(seeds: list[int], path: Path) -> int:
         if seed not in {row["seed"] for row in read_rows(path)}:
             with tempfile.TemporaryDirectory() as folder:
                 results = run_demo(Path(folder) / "demo", seed=seed)
-            results["environment"] = environment(command=shlex.join(["python", *sys.argv]))
+            results["environment"] = environment(command=f"python benchmarks/quality/demo_seeds.py --seeds {seed}")
             with path.open("a") as rows:
                 rows.write(json.dumps(results, allow_nan=False) + "\n")
     rows = [row for row in read_rows(path) if row["seed"] in seeds]
