@@ -223,3 +223,20 @@ def test_tokenizers_that_lack_what_a_shape_needs(byte_tokenizer):
         Tokeniser(byte_tokenizer(eos=None), "text", 99)
     with pytest.raises(ValueError, match="max_length is 2, expected at least 3"):
         Tokeniser(byte_tokenizer(adds_bos=True), "text", 2)
+
+
+def test_consecutive_assistant_turns_under_a_template_that_rewrites_history(byte_tokenizer):
+    """The last turn alone gets a <think>, so the turn before is rendered in two ways; each turn is learned once."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    messages = [{"role": "user", "content": "Hi"}]
+    messages += [{"role": "assistant", "content": text} for text in ("Hello you", "again")]
+    row = Row(0, "x:1", {"messages": messages})
+    samples = list(Tokeniser(tokenizer, "messages", 512).samples([row], Counts()))
+    learned = [tokenizer.decode(sample.input_ids[sample.loss_mask]) for sample in samples]
+    assert learned == ["<think></think>Hello you<|im_end|>", "<think></think>again<|im_end|>"]

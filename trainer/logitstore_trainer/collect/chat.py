@@ -97,14 +97,23 @@ class ChatTokeniser:
         """Returns where in `until` (turns 0..i rendered) the assistant's turn i begins, its header left out."""
         if i > 0:
             # not always a whole prefix: some generation prompts open a <think> that the rendered turn lacks
-            return _common_prefix_chars(until, self._rendered(row, i, add_generation_prompt=True))
+            start = _common_prefix_chars(until, self._rendered(row, i, add_generation_prompt=True))
+            if row.columns["messages"][i - 1]["role"] != "assistant":
+                return start
+            # a template may render the turn before differently once it is not the last: the two part inside of it
+            header = self._assistant_header()
+            return max(start, until.rindex(header) + len(header)) if header and header in until else start
+        header = self._assistant_header()
+        return until.index(header) + len(header) if header and header in until else 0
+
+    def _assistant_header(self) -> str:
+        """Returns what the template puts before an assistant's turn."""
         probe = [{"role": "user", "content": "a"}]
         plain, prompted = (
             self.tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=prompt)
             for prompt in (False, True)
         )
-        header = prompted.removeprefix(plain)
-        return until.index(header) + len(header) if header and header in until else 0
+        return prompted.removeprefix(plain)
 
     def _end_of_turn(self, until: str) -> int:
         stripped = until.rstrip()
