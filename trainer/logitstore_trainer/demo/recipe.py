@@ -35,7 +35,7 @@ FULL = Recipe(
     teacher=LlamaShape(layers=4, width=192, heads=6, mlp=512),
     training=TeacherTraining(steps=800, batch_size=8, length=128, lr=1e-3),
     student="llama:layers=2,width=96,heads=3",
-    student_steps=550,
+    student_steps=800,
     student_batch_size=8,
     student_lr=3e-3,
     k=64,
