@@ -16,8 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.errors import CorruptionError
-
 # e^-87 is the least probability that float32 holds as a normal number; an entry below would decode to probability 0
 LEAST_LOGP = -87.0
 
@@ -135,9 +133,3 @@ HEAD_FORMATS = {
     "int8": HeadFormat("int8", 1, True, INT8_TABLE, _quantise_int8, _int8_bound),
     "fp16": HeadFormat("fp16", 2, False, None, _quantise_fp16, _fp16_bound),
 }
-
-
-def check_fp8_codes(codes_E: NDArray[np.uint8]) -> None:
-    """Raises CorruptionError for a code that no log-prob encodes to: a positive number or NaN."""
-    if np.any((codes_E < 128) | (codes_E == 255)):
-        raise CorruptionError("an fp8 code stands for a positive log-prob or NaN")
