@@ -27,6 +27,7 @@ from logitstore_trainer.demo.text import (
     paragraphs,
     python_documentation,
     split_pages,
+    transfer_texts,
     write_texts,
 )
 from logitstore_trainer.student import LlamaShape, parse_shape
@@ -67,7 +68,10 @@ def test_the_demo_leaves_every_file(quick):
         {p for line in (out / name).read_text().splitlines() for p in paragraphs(json.loads(line)["text"])}
         for name in ("train.jsonl", "heldout.jsonl")
     )
-    assert len(train) + len(held_out) == results["text"]["n_paragraphs"]
+    split = split_pages(python_documentation())
+    assert held_out == {p for text in split.held_out for p in paragraphs(text)}
+    asked = transfer_texts(split.train, QUICK.transfer_share)
+    assert train == {p for text in asked for p in paragraphs(text)}
     assert not train & held_out
 
 
@@ -245,6 +249,15 @@ def test_the_split_drops_repeats_and_depends_on_the_paragraph_alone():
     assert 20 <= len(by_hash) <= 60
     assert [is_held_out(text) for text in texts] == [text in by_hash for text in texts]
     assert len([p for text in split.train for p in paragraphs(text)]) == 400 - len(by_hash)
+
+
+def test_the_students_text_is_a_share_of_the_pages_that_depends_on_each_page_alone():
+    texts = [f"Page {i}." for i in range(400)]
+    asked = transfer_texts(texts, 0.5)
+    assert asked == tuple(t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:16], 16) < 0.5 * 2**64)
+    assert 160 <= len(asked) <= 240
+    assert transfer_texts(reversed(texts), 0.5) == asked[::-1]
+    assert (transfer_texts(texts, 0.0), transfer_texts(texts, 1.0)) == ((), tuple(texts))
 
 
 def test_the_documentation_is_large_enough_for_the_recipe():

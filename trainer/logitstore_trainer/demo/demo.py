@@ -23,7 +23,7 @@ from logitstore_trainer.comparison.pipeline import (
 from logitstore_trainer.comparison.stages import Say, Stages
 from logitstore_trainer.demo.models import build_teacher, token_stream, train_teacher, train_tokenizer
 from logitstore_trainer.demo.recipe import FULL, Recipe
-from logitstore_trainer.demo.text import SplitText, python_documentation, split_pages, write_texts
+from logitstore_trainer.demo.text import SplitText, python_documentation, split_pages, transfer_texts, write_texts
 
 MARKER = "demo.json"
 _FILES = ("train.jsonl", "heldout.jsonl", "report.html", "results.json")
@@ -81,7 +81,7 @@ def prepare_folder(out: Path, run: dict[str, Any]) -> None:
 
 
 def _run(out: Path, recipe: Recipe, seed: int, stages: Stages) -> dict[str, Any]:
-    text = _write_text(out, stages)
+    text = _write_text(out, recipe, stages)
     trained = _make_teacher(out, recipe, text, seed, stages)
     settings = ComparisonSettings(
         teacher=str(out / "teacher"),
@@ -109,14 +109,15 @@ def _run(out: Path, recipe: Recipe, seed: int, stages: Stages) -> dict[str, Any]
     }
 
 
-def _write_text(out: Path, stages: Stages) -> SplitText:
+def _write_text(out: Path, recipe: Recipe, stages: Stages) -> SplitText:
     with stages.stage("text") as row:
         text = split_pages(python_documentation())
-        write_texts(out / "train.jsonl", text.train)
+        write_texts(out / "train.jsonl", transfer_texts(text.train, recipe.transfer_share))
         write_texts(out / "heldout.jsonl", text.held_out)
         row["what"] = (
             f"{text.n_paragraphs:,} paragraphs of Python's documentation, {text.n_repeats:,} repeats dropped: "
-            f"{text.train_bytes:,} bytes to learn, {text.held_out_bytes:,} held out"
+            f"{text.train_bytes:,} bytes for the teacher, {recipe.transfer_share:.0%} of their pages for the students, "
+            f"{text.held_out_bytes:,} bytes held out"
         )
     return text
 
@@ -157,6 +158,7 @@ def _how_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     training = recipe["training"]
     return [
         ("text", f"{text['n_paragraphs']:,} distinct paragraphs ({text['n_repeats']:,} repeats dropped)"),
+        ("students' text", f"{recipe['transfer_share']:.0%} of the teacher's pages, chosen by the page's SHA-256"),
         ("held out", f"{text['held_out_bytes']:,} bytes, chosen by the SHA-256 of the paragraph"),
         ("tokenizer", f"byte-level BPE of {recipe['vocab_size']:,} tokens, trained on the training text"),
         ("teacher", "Llama, " + ", ".join(f"{name} {value}" for name, value in recipe["teacher"].items())),

@@ -62,8 +62,7 @@ def is_held_out(paragraph: str, share: float = HELD_OUT_SHARE) -> bool:
 
     Indentation does not count, so that a paragraph quoted deeper on another page goes to the same side.
     """
-    digest = hashlib.sha256(_words(paragraph).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return _hash_fraction(_words(paragraph)) < share
 
 
 def split_pages(pages: Mapping[str, str], share: float = HELD_OUT_SHARE) -> SplitText:
@@ -85,10 +84,19 @@ def split_pages(pages: Mapping[str, str], share: float = HELD_OUT_SHARE) -> Spli
     return SplitText(train=tuple(sides[0]), held_out=tuple(sides[1]), n_paragraphs=len(seen), n_repeats=n_repeats)
 
 
+def transfer_texts(texts: Iterable[str], share: float) -> tuple[str, ...]:
+    """About `share` of the texts, by the SHA-256 of each: what the teacher is asked about and the students learn."""
+    return tuple(text for text in texts if _hash_fraction(text) < share)
+
+
 def write_texts(path: Path, texts: Iterable[str]) -> Path:
     """Writes one {"text": ...} a line, which is what `logitstore collect` reads, and returns the path."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def _hash_fraction(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _words(paragraph: str) -> str:
