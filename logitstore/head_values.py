@@ -40,6 +40,24 @@ class HeadFormat:
     quantise: Callable[[NDArray[np.float32], NDArray[np.int64]], QuantisedHead]
     error_bound: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]]
 
+    @property
+    def code_type(self) -> type[np.uint8] | type[np.uint16]:
+        """The numpy type of a code."""
+        return np.uint8 if self.code_bytes == 1 else np.uint16
+
+    def decode(
+        self,
+        codes_E: NDArray,
+        counts_R: NDArray[np.int64],
+        scale_R: NDArray[np.float32] | None = None,
+        offset_R: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """The log-probs [E] that codes of ragged rows with counts_R entries stand for."""
+        if self.table is None:
+            return codes_E.view(np.float16).astype(np.float32)
+        scale_E, offset_E = (None if a is None else np.repeat(a, counts_R) for a in (scale_R, offset_R))
+        return decode_one_byte(codes_E, self.table, scale_E, offset_E)
+
 
 def _e4m3_table() -> NDArray[np.float32]:
     """Value of each float8 e4m3fn bit pattern [256]; 0x7f and 0xff are NaN. Format: Micikevicius et al. 2022."""

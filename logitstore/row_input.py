@@ -3,6 +3,7 @@
 Letters: L sequence length, N rows given, K entries given.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from logitstore.head_values import LEAST_LOGP
 
 _ROUNDING = 1e-5  # a log-prob of a sure token may come out of fp32 arithmetic this far above 0
+_WEIGHT_SUM_ERROR = 1e-3
 
 
 class GivenRows(NamedTuple):
@@ -20,6 +22,14 @@ class GivenRows(NamedTuple):
     logps: NDArray[np.float32]
     tail_logmass: NDArray[np.float32]
     tail_logmoment_half: NDArray[np.float32]
+
+
+class GivenSamples(NamedTuple):
+    """ids [N, K] int64 (pads -1), logweights [N, K] float32, n_exact [N] int64."""
+
+    ids: NDArray[np.int64]
+    logweights: NDArray[np.float32]
+    n_exact: NDArray[np.int64]
 
 
 def checked_input_ids(input_ids: Any, vocab_size: int) -> NDArray[np.int32]:
@@ -49,6 +59,12 @@ def checked_keep_mask(keep_mask: Any, n_tokens: int) -> NDArray[np.bool_]:
     return keep
 
 
+def check_logit_rows(logits: Any, n_tokens: int) -> None:
+    """Raises ValueError where there are not as many rows of logits as tokens."""
+    if hasattr(logits, "shape") and logits.shape[0] != n_tokens:
+        raise ValueError(f"{logits.shape[0]} rows of logits for {n_tokens} tokens, expected as many")
+
+
 def checked_rows(
     ids: Any, logps: Any, tail_logmass: Any, tail_logmoment_half: Any, *, keep_mask: NDArray[np.bool_], vocab_size: int
 ) -> GivenRows:
@@ -59,17 +75,55 @@ def checked_rows(
         as_numpy(tail_logmass).astype(np.float32),
         as_numpy(tail_logmoment_half).astype(np.float32),
     )
-    n_given, n_kept = given.ids.shape[0], int(keep_mask.sum())
+    n_given = given.ids.shape[0]
     if given.ids.ndim != 2 or given.logps.shape != given.ids.shape:
         raise ValueError(f"ids and logps must be [N, K], got {given.ids.shape} and {given.logps.shape}")
     if given.tail_logmass.shape != (n_given,) or given.tail_logmoment_half.shape != (n_given,):
         raise ValueError(f"tail moments must be [{n_given}], got {given[2].shape} and {given[3].shape}")
-    if n_given == len(keep_mask):
-        given = GivenRows(*(array[keep_mask] for array in given))
-    elif n_given != n_kept:
-        raise ValueError(f"{n_given} rows given, expected {len(keep_mask)}, or the {n_kept} that keep_mask keeps")
+    given = GivenRows(*_kept(given, keep_mask))
     _check_values(given, vocab_size)
     return given._replace(logps=np.minimum(given.logps, 0))
+
+
+def checked_samples(
+    ids: Any, logweights: Any, n_exact: Any, *, keep_mask: NDArray[np.bool_], vocab_size: int, max_entries: int
+) -> GivenSamples:
+    """The rows that keep_mask keeps; n_exact None: no entry is exact.
+
+    Raises ValueError for what is no list of weighted samples whose weights sum to 1.
+    """
+    ids, logweights = as_numpy(ids).astype(np.int64), as_numpy(logweights).astype(np.float32)
+    if ids.ndim != 2 or logweights.shape != ids.shape:
+        raise ValueError(f"ids and logweights must be [N, K], got {ids.shape} and {logweights.shape}")
+    n_exact = np.zeros(len(ids), np.int64) if n_exact is None else as_numpy(n_exact).astype(np.int64)
+    if n_exact.shape != (len(ids),):
+        raise ValueError(f"n_exact must be [{len(ids)}], got {n_exact.shape}")
+    given = GivenSamples(*_kept((ids, logweights, n_exact), keep_mask))
+    no_tail_N = np.full(len(given.ids), -np.inf, np.float32)
+    _check_values(GivenRows(given.ids, given.logweights, no_tail_N, no_tail_N), vocab_size)
+    entry_NK = given.ids >= 0
+    counts_N = entry_NK.sum(axis=1)
+    sum_N = np.where(entry_NK, np.exp(given.logweights.astype(np.float64)), 0).sum(axis=1)
+    _refuse(
+        {
+            f"more than {max_entries} entries": counts_N > max_entries,
+            "more exact entries than entries, or fewer than 0": (given.n_exact < 0) | (given.n_exact > counts_N),
+            f"a weight below e^{LEAST_LOGP:.0f}": (entry_NK & (given.logweights < LEAST_LOGP)).any(axis=1),
+            "weights that do not sum to 1": ~(np.abs(sum_N - 1) < _WEIGHT_SUM_ERROR),
+        }
+    )
+    return given._replace(logweights=np.minimum(given.logweights, 0))
+
+
+def _kept(columns: Iterable[NDArray], keep_mask: NDArray[np.bool_]) -> list[NDArray]:
+    """The kept rows of columns that hold them alone, or all rows. Raises ValueError for any other number of rows."""
+    columns = list(columns)
+    n_given, n_kept = len(columns[0]), int(keep_mask.sum())
+    if n_given == len(keep_mask):
+        return [column[keep_mask] for column in columns]
+    if n_given != n_kept:
+        raise ValueError(f"{n_given} rows given, expected {len(keep_mask)}, or the {n_kept} that keep_mask keeps")
+    return columns
 
 
 def _check_values(given: GivenRows, vocab_size: int) -> None:
@@ -93,6 +147,11 @@ def _check_values(given: GivenRows, vocab_size: int) -> None:
         | (infinite[0] != infinite[1]),
         "a tail log-mass above 0": given.tail_logmass > _ROUNDING,
     }
+    _refuse(faults)
+
+
+def _refuse(faults: dict[str, NDArray[np.bool_]]) -> None:
+    """Raises ValueError with the first row of the first fault that any row has."""
     for what, broken_N in faults.items():
         rows = np.flatnonzero(broken_N)
         if len(rows):

@@ -29,16 +29,13 @@ Float32 = NDArray[np.float32]
 
 def encode_moments(logmass: Float32, logmoment_half: Float32) -> tuple[Codes, Codes]:
     """(odds codes, excess codes), uint16 each, of moments in nats; re-encoding what was decoded changes nothing."""
-    mass = logmass.astype(np.float64)
-    no_tail = np.isneginf(mass)
-    finite_mass = np.where(no_tail, -1.0, np.minimum(mass, -1e-9))
-    odds = finite_mass - log1mexp(finite_mass)
-    odds_codes = np.clip(np.rint((odds + ODDS_OFFSET) * ODDS_STEPS), 0, GREATEST_ODDS_CODE).astype(np.uint16)
-    stored_mass = _logmass(odds_codes)
-    reference_mass = np.where(odds < -ODDS_OFFSET, finite_mass, stored_mass)
+    odds_codes = encode_logmass(logmass)
+    no_tail = odds_codes == NO_TAIL
+    mass = np.where(no_tail, -1.0, logmass.astype(np.float64))
+    below_floor = _logodds(mass) < -ODDS_OFFSET
+    reference_mass = np.where(below_floor, mass, _logmass(odds_codes))
     excess = np.where(no_tail, 0.0, logmoment_half.astype(np.float64) - reference_mass / 2)
     excess_codes = np.clip(np.rint(excess * EXCESS_STEPS), 0, NO_TAIL - 1).astype(np.uint16)
-    odds_codes[no_tail] = NO_TAIL
     excess_codes[no_tail] = NO_TAIL
     return odds_codes, excess_codes
 
@@ -48,14 +45,33 @@ def decode_moments(odds_codes: Codes, excess_codes: Codes) -> tuple[Float32, Flo
     no_tail = odds_codes == NO_TAIL
     if np.any(no_tail != (excess_codes == NO_TAIL)):
         raise CorruptionError("one tail moment says that there is no tail, the other that there is one")
+    mass = decode_logmass(odds_codes)
+    half = _logmass(odds_codes) / 2 + excess_codes / EXCESS_STEPS
+    return mass.astype(np.float32), np.where(no_tail, -np.inf, half).astype(np.float32)
+
+
+def encode_logmass(logmass: Float32) -> Codes:
+    """The log-odds code of a tail's log-mass in nats, uint16; NO_TAIL where it is -inf."""
+    mass = logmass.astype(np.float64)
+    no_tail = np.isneginf(mass)
+    odds = _logodds(np.where(no_tail, -1.0, mass))
+    codes = np.clip(np.rint((odds + ODDS_OFFSET) * ODDS_STEPS), 0, GREATEST_ODDS_CODE).astype(np.uint16)
+    codes[no_tail] = NO_TAIL
+    return codes
+
+
+def decode_logmass(odds_codes: Codes) -> NDArray[np.float64]:
+    """The log-mass in nats; -inf for NO_TAIL. Raises CorruptionError for a code that stands for nothing."""
+    no_tail = odds_codes == NO_TAIL
     if np.any((odds_codes > GREATEST_ODDS_CODE) & ~no_tail):
         raise CorruptionError(f"a tail moment has a code above {GREATEST_ODDS_CODE}")
-    mass = _logmass(odds_codes)
-    half = mass / 2 + excess_codes / EXCESS_STEPS
-    return (
-        np.where(no_tail, -np.inf, mass).astype(np.float32),
-        np.where(no_tail, -np.inf, half).astype(np.float32),
-    )
+    return np.where(no_tail, -np.inf, _logmass(odds_codes))
+
+
+def _logodds(logmass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """ln(r / (1 - r)) of ln r; a mass that float32 has rounded to 1 counts as 1 - 1e-9."""
+    below_1 = np.minimum(logmass, -1e-9)
+    return below_1 - log1mexp(below_1)
 
 
 def _logmass(odds_codes: Codes) -> NDArray[np.float64]:

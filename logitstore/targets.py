@@ -13,8 +13,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.errors import CorruptionError
+from logitstore.errors import CorruptionError, SpecMismatchError
 from logitstore.temperature import segment_logsumexp, shifted_head, tail_logmoment
+
+_WEIGHT_SUM_ERROR = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSamples:
+    """What a codec that samples keeps of its rows besides ids and weights.
+
+    n_exact [R] int64: so many entries, first in a row, have their token's own probability as their weight; the others
+    were drawn. The rest is for codecs that quantise: codes [sum of n_exact] uint8 or uint16 of the exact entries'
+    log-probs in a head format, scale and offset [R] float32 where the format has them (0 in rows without exact
+    entries), tail_codes [R] uint16, the log-odds code of the mass that the drawn entries stand for.
+    """
+
+    n_exact: NDArray[np.int64]
+    codes: NDArray[np.uint8] | NDArray[np.uint16] | None = None
+    scale: NDArray[np.float32] | None = None
+    offset: NDArray[np.float32] | None = None
+    tail_codes: NDArray[np.uint16] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +45,8 @@ class TeacherTargets:
     tail_logmoment_half [R] float32, ln of the sum over the tail of sqrt(p).
     codes [E] uint8, code_scale and code_offset [R] float32: where the head format has one byte an entry,
     logps = code_scale * table[codes] + code_offset. vocab_size and input_ids [R+1] int32 bind the rows to their text.
+    samples: None, or the mark of rows that were sampled. Then logps are ln of weights whose expectation is p, a row's
+    weights sum to 1, there is no tail, and T = 1 is the only temperature.
     teacher_coefs, corrections and tail_model are for codecs that predict the tail, None elsewhere.
     """
 
@@ -42,6 +63,12 @@ class TeacherTargets:
     teacher_coefs: NDArray[np.float32] | None = None
     corrections: NDArray[np.float32] | None = None
     tail_model: Any = None
+    samples: StoredSamples | None = None
+
+    @property
+    def is_sampled(self) -> bool:
+        """True where the entries are weighted samples instead of the top of the distribution."""
+        return self.samples is not None
 
     @property
     def n_rows(self) -> int:
@@ -79,6 +106,11 @@ class TeacherTargets:
         _refuse(rows, present & (np.isnan(half) | np.isposinf(half)), "a half moment that is NaN or infinite")
         _refuse(rows, present & (counts == self.vocab_size) & ~np.isneginf(mass), "a tail though every token is kept")
         _refuse(rows, ~present & ~(np.isnan(mass) & np.isnan(half)), "no entries and a tail moment that is not NaN")
+        if self.samples is not None:
+            n_exact, sums = self.samples.n_exact, segment_logsumexp(self.logps.astype(np.float64), self.offsets)
+            _refuse(rows, (n_exact < 0) | (n_exact > counts), "more exact entries than entries, or fewer than 0")
+            _refuse(rows, present & ~np.isneginf(mass), "samples and a tail; samples stand for the whole vocabulary")
+            _refuse(rows, present & ~(np.abs(sums) < _WEIGHT_SUM_ERROR), "weights that do not sum to 1")
 
     def _validate_shapes(self) -> None:
         n_rows, n_entries = self.n_rows, len(self.ids)
@@ -88,6 +120,8 @@ class TeacherTargets:
             raise CorruptionError(f"offsets do not rise from 0 to the {n_entries} entries")
         sizes = {"logps": (self.logps, n_entries), "tail_logmass": (self.tail_logmass, n_rows)}
         sizes["tail_logmoment_half"] = (self.tail_logmoment_half, n_rows)
+        if self.samples is not None:
+            sizes["samples.n_exact"] = (self.samples.n_exact, n_rows)
         for name, (array, expected) in sizes.items():
             if array.shape != (expected,):
                 raise CorruptionError(f"{name} has shape {array.shape}, expected ({expected},)")
@@ -96,13 +130,19 @@ class TeacherTargets:
         """ln q_T over the vocabulary, float32 [R, V]: the distribution that the store stands for, at temperature T.
 
         The head is shifted to a mass of 1 - tail mass, head and tail are tempered, the tail's mass is spread
-        uniformly over its tokens, and the row is normalised. Absent rows are NaN. It allocates R x V numbers: meant
-        for measurement; training uses the loss kernels, which never do.
+        uniformly over its tokens, and the row is normalised. Sampled rows are -inf where no token was kept. Absent
+        rows are NaN. It allocates R x V numbers: meant for measurement; training uses the loss kernels, which never do.
 
-        Raises ValueError for a temperature that is not positive.
+        Raises ValueError for a temperature that is not positive, SpecMismatchError for one other than 1 where the rows
+        are sampled.
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if self.is_sampled and temperature != 1:
+            raise SpecMismatchError(
+                f"sampled rows say nothing of temperature {temperature}: their weights are unbiased at temperature 1 "
+                "alone; use temperature 1, or store with codec 'topk'"
+            )
         counts = self.counts
         n_tail_R = self.vocab_size - counts
         head_E = shifted_head(self.logps, self.offsets, self.tail_logmass) / temperature

@@ -6,11 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from logitstore.codecs.interface import Codec
 from logitstore.codecs.topk import TopKCodec
 from logitstore.errors import CorruptionError, FormatError
 from logitstore.fingerprint import sha256_json
 
-Codec = TopKCodec
 CODECS: dict[str, type[Codec]] = {"topk": TopKCodec}
 CONFIG_FILE = "codec.json"
 

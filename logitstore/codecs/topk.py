@@ -11,32 +11,29 @@ Letters: L sequence length, R rows, E entries, N rows given, K entries given, V 
 """
 
 import os
-import zlib
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.blob import BlobHeader, check_header, input_ids_crc32, pack_blob, unpack_blob
-from logitstore.errors import CorruptionError, SpecMismatchError
-from logitstore.fingerprint import canonical_json
-from logitstore.head_values import HEAD_FORMATS, HeadFormat, QuantisedHead, decode_one_byte
-from logitstore.logits_source import iter_logit_chunks
-from logitstore.planes import (
-    PlaneReader,
-    byte_planes,
-    delta_along_rank,
-    rank_major_order,
-    undo_delta_along_rank,
+from logitstore.blob import pack_blob
+from logitstore.codecs.checks import (
+    MAX_VOCAB_SIZE,
+    check_targets,
+    expected_header,
+    opened_blob,
+    require_int,
+    taken_counts,
 )
-from logitstore.row_input import checked_input_ids, checked_keep_mask, checked_rows, moved_to_tail
+from logitstore.head_values import HEAD_FORMATS, HeadFormat, QuantisedHead, decode_one_byte
+from logitstore.id_planes import decode_ids, encode_ids, id_bytes
+from logitstore.logits_source import iter_logit_chunks
+from logitstore.planes import byte_planes, delta_along_rank, offsets_of, rank_major_order, undo_delta_along_rank
+from logitstore.row_input import check_logit_rows, checked_input_ids, checked_keep_mask, checked_rows, moved_to_tail
 from logitstore.tail_moments import decode_moments, encode_moments
 from logitstore.targets import TeacherTargets
 from logitstore.topk import topk_with_tail
-
-CODEC_ID = 1
-MAX_VOCAB_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,16 @@ class TopKCodec:
     head: "int8", "fp8" or "fp16", how log-probs are stored; tail: "residual". Raises ValueError for anything else.
     """
 
+    codec_id: ClassVar[int] = 1
+
     vocab_size: int
     k: int = 64
     head: str = "int8"
     tail: str = "residual"
 
     def __post_init__(self) -> None:
-        _require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        _require_int("k", self.k, 1, 65535)
+        require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
+        require_int("k", self.k, 1, 65535)
         if self.head not in HEAD_FORMATS:
             raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
         if self.tail != "residual":
@@ -87,8 +86,7 @@ class TopKCodec:
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         keep = checked_keep_mask(keep_mask, len(tokens))
-        if hasattr(logits, "shape") and logits.shape[0] != len(tokens):
-            raise ValueError(f"{logits.shape[0]} rows of logits for {len(tokens)} tokens, expected as many")
+        check_logit_rows(logits, len(tokens))
         chunks = iter_logit_chunks(logits, np.flatnonzero(keep), vocab_size=self.vocab_size)
         no_rows = topk_with_tail(np.zeros((0, self.vocab_size), np.float32), self.k)
         parts = [no_rows, *(topk_with_tail(chunk_NV, self.k) for chunk_NV in chunks)]
@@ -134,39 +132,31 @@ class TopKCodec:
         an invariant, SpecMismatchError for another vocabulary or more than k entries in a row.
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
-        self._check_targets(targets, tokens)
+        check_targets(self, targets, tokens, max_entries=self.k)
         counts = targets.counts
         present = counts > 0
         order = rank_major_order(counts)
-        header = replace(self._expected_header(tokens), n_present=int(present.sum()), n_entries=len(targets.ids))
+        header = expected_header(self, tokens, n_present=int(present.sum()), n_entries=len(targets.ids))
         head = self._on_grid(targets)
         moments = encode_moments(targets.tail_logmass[present], targets.tail_logmoment_half[present])
         planes = [counts.astype("<u2").tobytes(), *(codes.astype("<u2").tobytes() for codes in moments)]
         if head.scale is not None and head.offset is not None:
             planes += [numbers[present].astype("<f2").tobytes() for numbers in (head.scale, head.offset)]
-        planes += byte_planes(targets.ids[order], self._id_bytes)
+        planes += encode_ids(targets.ids, order, self.vocab_size)
         planes += byte_planes(delta_along_rank(head.codes, targets.offsets)[order], self._format.code_bytes)
         return pack_blob(header, planes)
 
     def decode(self, blob: bytes | memoryview, input_ids: Any) -> TeacherTargets:
         """The targets that were encoded for this text. Raises FormatError, CorruptionError or SpecMismatchError."""
         tokens = checked_input_ids(input_ids, self.vocab_size)
-        n_rows = max(len(tokens) - 1, 0)
-        header, payload = unpack_blob(blob, max_payload_bytes=n_rows * self._max_row_bytes)
-        check_header(header, self._expected_header(tokens))
-        planes = PlaneReader(payload)
-        counts = planes.take("<u2", n_rows).astype(np.int64)
-        if counts.sum() != header.n_entries or np.count_nonzero(counts) != header.n_present:
-            raise CorruptionError(f"row counts add up to {counts.sum()} entries, the header says {header.n_entries}")
-        if counts.max(initial=0) > self.k:
-            raise CorruptionError(f"a row has {counts.max()} entries, the codec keeps {self.k} at most")
+        header, planes = opened_blob(self, blob, tokens)
+        counts = taken_counts(planes, header, "<u2", max_entries=self.k)
         moments = decode_moments(planes.take("<u2", header.n_present), planes.take("<u2", header.n_present))
         scale_offset = None
         if self._format.has_row_scale:
             scale_offset = [planes.take("<f2", header.n_present).astype(np.float32) for _ in range(2)]
         order, offsets = rank_major_order(counts), offsets_of(counts)
-        ids = np.empty(header.n_entries, np.int32)
-        ids[order] = planes.take_planes(self._id_bytes, header.n_entries, np.int32)
+        ids = decode_ids(planes, order, self.vocab_size)
         code_type = np.uint8 if self._format.code_bytes == 1 else np.uint16
         delta = np.empty(header.n_entries, code_type)
         delta[order] = planes.take_planes(self._format.code_bytes, header.n_entries, code_type)
@@ -177,34 +167,9 @@ class TopKCodec:
         return targets
 
     @property
-    def _id_bytes(self) -> int:
-        return 1 if self.vocab_size <= 1 << 8 else 2 if self.vocab_size <= 1 << 16 else 3
-
-    @property
-    def _max_row_bytes(self) -> int:
+    def max_row_bytes(self) -> int:
         """Bytes of a full row: its count, two moments, scale and offset, and k entries."""
-        return 2 + 4 + 4 + self.k * (self._id_bytes + self._format.code_bytes)
-
-    def _expected_header(self, tokens: NDArray[np.int32]) -> BlobHeader:
-        return BlobHeader(
-            codec_id=CODEC_ID,
-            n_rows=max(len(tokens) - 1, 0),
-            n_present=0,
-            n_entries=0,
-            vocab_size=self.vocab_size,
-            input_ids_crc32=input_ids_crc32(tokens),
-            config_crc32=zlib.crc32(canonical_json(self.config).encode()),
-        )
-
-    def _check_targets(self, targets: TeacherTargets, tokens: NDArray[np.int32]) -> None:
-        if targets.vocab_size != self.vocab_size:
-            raise SpecMismatchError(f"targets have a vocabulary of {targets.vocab_size}, the codec {self.vocab_size}")
-        if not np.array_equal(tokens, targets.input_ids):
-            raise ValueError("input_ids are not the ones that the targets were made with")
-        targets.validate()
-        most = int(targets.counts.max(initial=0))
-        if most > self.k:
-            raise SpecMismatchError(f"a row of the targets has {most} entries, the codec keeps {self.k}")
+        return 2 + 4 + 4 + min(self.k, self.vocab_size) * (id_bytes(self.vocab_size) + self._format.code_bytes)
 
     def _on_grid(self, targets: TeacherTargets) -> QuantisedHead:
         """The targets' own codes where they are this format's codes, else their log-probs quantised."""
@@ -266,15 +231,3 @@ class TopKCodec:
         from logitstore.codecs.registry import save_codec
 
         save_codec(self, folder)
-
-
-def offsets_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row boundaries [R+1] of ragged entries, from the entries of each row [R]."""
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
-
-
-def _require_int(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} must be an integer from {least} to {most:,}, got {value!r}")

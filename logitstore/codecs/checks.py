@@ -1,0 +1,84 @@
+"""What every codec checks alike: its options, the targets that it is to encode, and the header of a blob.
+
+Letters: R rows, L sequence length.
+"""
+
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitstore.blob import BlobHeader, check_header, input_ids_crc32, unpack_blob
+from logitstore.codecs.interface import Codec
+from logitstore.errors import CorruptionError, SpecMismatchError
+from logitstore.fingerprint import canonical_json
+from logitstore.planes import PlaneReader
+from logitstore.targets import TeacherTargets
+
+MAX_VOCAB_SIZE = 1 << 24
+
+
+def require_int(name: str, value: Any, least: int, most: int) -> None:
+    """Raises ValueError for an option that is not an integer from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most:,}, got {value!r}")
+
+
+def expected_header(codec: Codec, tokens: NDArray[np.int32], *, n_present: int = 0, n_entries: int = 0) -> BlobHeader:
+    """The header of a blob that `codec` writes for this text."""
+    return BlobHeader(
+        codec_id=codec.codec_id,
+        n_rows=max(len(tokens) - 1, 0),
+        n_present=n_present,
+        n_entries=n_entries,
+        vocab_size=codec.vocab_size,
+        input_ids_crc32=input_ids_crc32(tokens),
+        config_crc32=zlib.crc32(canonical_json(codec.config).encode()),
+    )
+
+
+def opened_blob(codec: Codec, blob: bytes | memoryview, tokens: NDArray[np.int32]) -> tuple[BlobHeader, PlaneReader]:
+    """The header and the planes of a blob, its size, codec, vocabulary and text checked.
+
+    Raises FormatError, CorruptionError or SpecMismatchError.
+    """
+    expected = expected_header(codec, tokens)
+    header, payload = unpack_blob(blob, max_payload_bytes=expected.n_rows * codec.max_row_bytes)
+    check_header(header, expected)
+    return header, PlaneReader(payload)
+
+
+def taken_counts(planes: PlaneReader, header: BlobHeader, dtype: str, *, max_entries: int) -> NDArray[np.int64]:
+    """The next plane, which holds the entries of each row [R]; what follows may be allocated from it.
+
+    Raises CorruptionError where the counts are not those of the header, or above max_entries.
+    """
+    counts = planes.take(dtype, header.n_rows).astype(np.int64)
+    if counts.sum() != header.n_entries or np.count_nonzero(counts) != header.n_present:
+        raise CorruptionError(f"row counts add up to {counts.sum()} entries, the header says {header.n_entries}")
+    if counts.max(initial=0) > max_entries:
+        raise CorruptionError(f"a row has {counts.max()} entries, the codec keeps {max_entries} at most")
+    return counts
+
+
+def check_targets(codec: Codec, targets: TeacherTargets, tokens: NDArray[np.int32], *, max_entries: int) -> None:
+    """Raises unless `codec` can encode these targets for this text.
+
+    ValueError for another text, SpecMismatchError for another vocabulary, for samples where the codec keeps none or
+    the other way round, or for more than max_entries in a row, CorruptionError for a broken invariant.
+    """
+    if targets.vocab_size != codec.vocab_size:
+        raise SpecMismatchError(f"targets have a vocabulary of {targets.vocab_size}, the codec {codec.vocab_size}")
+    if not np.array_equal(tokens, targets.input_ids):
+        raise ValueError("input_ids are not the ones that the targets were made with")
+    if targets.is_sampled != (codec.tail == "sampled"):
+        kinds = {True: "weighted samples", False: "top entries"}
+        raise SpecMismatchError(
+            f"targets hold {kinds[targets.is_sampled]}, the codec {codec.config['name']!r} stores "
+            f"{kinds[not targets.is_sampled]}; make them with its own targets_from_logits"
+        )
+    targets.validate()
+    most = int(targets.counts.max(initial=0))
+    if most > max_entries:
+        raise SpecMismatchError(f"a row of the targets has {most} entries, the codec keeps {max_entries}")
