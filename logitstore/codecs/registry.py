@@ -1,4 +1,7 @@
-"""The codecs by name: make_codec, calibrate and load_codec. A new codec is one file here and one line in CODECS."""
+"""The codecs by name: make_codec, calibrate and load_codec.
+
+A new codec is one file here and one line in CODECS; interface.py says what it must have.
+"""
 
 import json
 import os
@@ -7,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from logitstore.codecs.interface import Codec
+from logitstore.codecs.rskd import RSKDCodec
 from logitstore.codecs.topk import TopKCodec
+from logitstore.codecs.varopt import VarOptCodec
 from logitstore.errors import CorruptionError, FormatError
 from logitstore.fingerprint import sha256_json
 
-CODECS: dict[str, type[Codec]] = {"topk": TopKCodec}
+CODECS: dict[str, type[Codec]] = {
+    "rskd": RSKDCodec,
+    "topk": TopKCodec,
+    "varopt": VarOptCodec,
+}
 CONFIG_FILE = "codec.json"
 
 
@@ -19,6 +28,8 @@ def make_codec(name: str, *, vocab_size: int, **options: Any) -> Codec:
     """The codec of that name and options, unfitted where it has something to fit.
 
     "topk": k (64), head "int8" | "fp8" | "fp16" ("int8"), tail "residual".
+    "varopt": k (12), head "int8" | "fp8" | "fp16" ("fp16"), seed (0).
+    "rskd": draws (50), seed (0).
     Raises ValueError for a name or an option that this version does not have.
     """
     if name not in CODECS:

@@ -287,8 +287,7 @@ def test_codec_round_trips_through_a_folder(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "varopt"}, "no codec is named 'varopt'.*topk"),
-        ({"name": "rskd"}, "no codec is named 'rskd'"),
+        ({"name": "top-k"}, "no codec is named 'top-k'.*rskd, topk, varopt"),
         ({"head": "sqrtp"}, "head must be one of fp8, int8, fp16"),
         ({"tail": "predicted"}, "tail must be 'residual'"),
         ({"min_prob": 0.01}, "no option 'min_prob'"),
