@@ -1,6 +1,10 @@
 """The codecs by name: make_codec, calibrate and load_codec.
 
-A new codec is one file here and one line in CODECS; interface.py says what it must have.
+A new codec is one file here and one line in CODECS. interface.py says what it must have; conformance.py checks it:
+
+    from logitstore.codecs import conformance
+    for codec in conformance.variants(logitstore.make_codec("mine", vocab_size=1000)):
+        conformance.check_codec(codec)
 """
 
 import json

@@ -1,0 +1,96 @@
+"""Every codec of the registry passes the conformance kit, and the kit finds the faults that it is there to find."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+import logitstore
+from logitstore.codecs import conformance
+from logitstore.codecs.registry import CODECS
+from logitstore.codecs.topk import TopKCodec
+from logitstore.head_values import HEAD_FORMATS
+
+CONFIGURATIONS = [
+    *({"name": "topk", "k": 12, "head": head} for head in HEAD_FORMATS),
+    *({"name": "varopt", "head": head, "seed": 5} for head in HEAD_FORMATS),
+    {"name": "rskd"},
+    {"name": "rskd", "draws": 255, "seed": 7},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: "-".join(map(str, config.values())))
+def test_codec_conforms(config: dict[str, Any]) -> None:
+    for codec in conformance.variants(logitstore.make_codec(vocab_size=300, **config)):
+        conformance.check_codec(codec)
+
+
+def test_every_codec_of_the_registry_is_checked_and_has_an_id_of_its_own() -> None:
+    assert {config["name"] for config in CONFIGURATIONS} == set(CODECS)
+    assert len({codec.codec_id for codec in CODECS.values()}) == len(CODECS)
+
+
+def forgets_determinism(codec: TopKCodec, logits, input_ids, keep_mask=None):
+    noisy = np.asarray(logits) + np.random.default_rng().standard_normal(logits.shape)
+    return TopKCodec.targets_from_logits(codec, noisy.astype(np.float32), input_ids, keep_mask)
+
+
+def keeps_every_row(codec: TopKCodec, logits, input_ids, keep_mask=None):
+    return TopKCodec.targets_from_logits(codec, logits, input_ids)
+
+
+def hands_out_what_it_does_not_store(codec: TopKCodec, logits, input_ids, keep_mask=None):
+    targets = TopKCodec.targets_from_logits(codec, logits, input_ids, keep_mask)
+    return dataclasses.replace(targets, tail_logmass=targets.tail_logmass - np.float32(1e-6))
+
+
+def writes_into_the_logits(codec: TopKCodec, logits, input_ids, keep_mask=None):
+    logits += 1
+    return TopKCodec.targets_from_logits(codec, logits, input_ids, keep_mask)
+
+
+def decodes_anything(codec: TopKCodec, blob, input_ids):
+    try:
+        return TopKCodec.decode(codec, blob, input_ids)
+    except logitstore.LogitStoreError:
+        return TopKCodec.targets_from_logits(codec, np.zeros((len(input_ids), codec.vocab_size)), input_ids)
+
+
+def allocates_before_it_looks(codec: TopKCodec, blob, input_ids):
+    with contextlib.suppress(zstandard.ZstdError):
+        zstandard.ZstdDecompressor().decompress(bytes(blob))
+    return TopKCodec.decode(codec, blob, input_ids)
+
+
+def takes_any_targets(codec: TopKCodec, targets, input_ids):
+    return TopKCodec.encode(codec, dataclasses.replace(targets, input_ids=np.asarray(input_ids)), input_ids)
+
+
+@pytest.mark.parametrize(
+    ("method", "fault", "check", "message"),
+    [
+        ("targets_from_logits", forgets_determinism, conformance.check_determinism, "peaked: the same call again"),
+        ("targets_from_logits", keeps_every_row, conformance.check_rows, "absent: present rows are not keep_mask's"),
+        ("targets_from_logits", hands_out_what_it_does_not_store, conformance.check_round_trip, "in tail_logmass"),
+        ("targets_from_logits", writes_into_the_logits, conformance.check_determinism, "has changed the logits"),
+        ("decode", decodes_anything, conformance.check_damage, r"byte 0 of \d+ changed by 0x01 was accepted, and what"),
+        ("decode", decodes_anything, conformance.check_bindings, "a token longer was accepted"),
+        ("decode", allocates_before_it_looks, conformance.check_claimed_sizes, "64 MiB of content took 67,.* bytes"),
+        ("encode", takes_any_targets, conformance.check_bindings, "targets of other tokens was accepted|raised"),
+    ],
+)
+def test_the_kit_finds(method: str, fault: Callable, check: Callable, message: str) -> None:
+    faulty = type("Faulty", (TopKCodec,), {method: fault})(vocab_size=50, k=5)
+    with pytest.raises(AssertionError, match=message):
+        check(faulty)
+    check(TopKCodec(vocab_size=50, k=5))
+
+
+def test_a_failed_check_names_itself_and_the_codec() -> None:
+    faulty = type("Faulty", (TopKCodec,), {"targets_from_logits": hands_out_what_it_does_not_store})(vocab_size=50, k=5)
+    with pytest.raises(AssertionError, match=r"check_round_trip of .*'name': 'topk'.*: peaked: decode\(encode"):
+        conformance.check_codec(faulty)
