@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logitstore_kernels.teacher_batch import TeacherBatch
-from logitstore_kernels.tempering import temper_teacher
+from logitstore_kernels.tempering import NOT_NORMALISED, temper_teacher
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def write_gradient(
         t_CK, t_tail_C = chunk.logt_CK.exp(), chunk.logt_tail_C.exp()
         q_CK = (student.head_CK / terms.temperature - student.lse_T_C[:, None]).exp_()
         q_scale_C = torch.exp(student.tail_peak_C / terms.temperature - student.lse_T_C)
-        if terms.tail == "dropped":
+        if terms.tail in NOT_NORMALISED:
             head_mass_C = t_CK.sum(dim=1)
             q_CK *= head_mass_C[:, None]
             q_scale_C *= head_mass_C

@@ -54,6 +54,9 @@ def distillation_loss(
             there it is -ln(kept mass) at T = 1, and it pushes the student above the teacher on every entry.
         "dropped": nothing; p is the head as it is, sum over entries of p ln(p / q). Not a KL: it is negative for a
             student that puts more mass on the entries than the teacher does.
+        "sampled": the only one for TeacherBatch.from_samples, and at T = 1 alone. Sum over samples of w ln(w / q),
+            with a gradient of q * sum(w) - w. Where the weights w are unbiased, the gradient's expectation is that of
+            the KL to the whole teacher; the value's lies above that KL by an amount that is the same for every student.
     reduction: "none" gives [N] (0 in rows that do not count), "sum" their sum, "mean" the sum over the number of rows
         that count, or over num_items_in_batch (int or one-element tensor) where that is given. The mean of no row is 0.
     inplace: True writes the gradient over student_logits_NV (mutates it; its version counter moves on) and saves a
@@ -63,8 +66,8 @@ def distillation_loss(
     again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
-    t.vocab_size, a temperature other than 1 without t.tail_logmoment_half_N (except for "renormalised"), the tails
-    "dense" and "sampled", for which a TeacherBatch has no data, and on a CPU a label outside the vocabulary.
+    t.vocab_size, a temperature other than 1 without t.tail_logmoment_half_N (except for "renormalised") or with
+    "sampled", a tail for which the TeacherBatch has no data, and on a CPU a label outside the vocabulary.
     """
     return _loss_parts(
         student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from logitstore_kernels.teacher_batch import TeacherBatch
 
-TAILS = ("bucket", "uniform", "renormalised", "dropped")
-_TAILS_WITHOUT_DATA = {
+TAILS_OF_TOPK = ("bucket", "uniform", "renormalised", "dropped")
+TAILS = (*TAILS_OF_TOPK, "sampled")
+_WHY_IMPOSSIBLE = {
     "dense": "the teacher batch has no tail coefficients and basis",
     "sampled": "the teacher batch holds top-k entries, not weighted samples",
+    **dict.fromkeys(TAILS_OF_TOPK, "the teacher batch holds weighted samples, not top-k entries and a tail"),
 }
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -103,10 +105,16 @@ def _check_tensors(student_logits_NW: Tensor, teacher: TeacherBatch, labels_N: T
 
 
 def _check_tail(tail: str, teacher: TeacherBatch, temperature: float) -> None:
-    if tail in _TAILS_WITHOUT_DATA:
-        raise ValueError(f"tail={tail!r} is impossible: {_TAILS_WITHOUT_DATA[tail]}; use one of {', '.join(TAILS)}")
-    if tail not in TAILS:
+    if tail not in _WHY_IMPOSSIBLE:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    possible = ("sampled",) if teacher.is_sampled else TAILS_OF_TOPK
+    if tail not in possible:
+        raise ValueError(f"tail={tail!r} is impossible: {_WHY_IMPOSSIBLE[tail]}; use one of {', '.join(possible)}")
+    if tail == "sampled" and temperature != 1:
+        raise ValueError(
+            f"tail='sampled' needs temperature=1, got {temperature}: samples are unbiased at the temperature at which "
+            "they were drawn; use temperature=1, or a store of codec 'topk'"
+        )
     if tail != "renormalised" and temperature != 1 and teacher.tail_logmoment_half_N is None:
         raise ValueError(
             f"tail={tail!r} at temperature={temperature} needs tail_logmoment_half_N, which the teacher batch lacks; "

@@ -88,7 +88,7 @@ def _kl_rows(scaled_logits_NV: Tensor, teacher: TeacherBatch, temperature: float
         logt_each_N1 = (logt_tail_N - n_tail_N.log())[:, None]
         each_NV = _times_log_ratio(logt_each_N1, scaled_logits_NV - lse_N[:, None])
         return kl_N + each_NV.scatter(1, ids_NK, 0).sum(dim=1)
-    return kl_N  # "renormalised" and "dropped": the tail has been taken care of in the teacher
+    return kl_N  # "renormalised", "dropped" and "sampled": what there is of a tail is taken care of in the teacher
 
 
 def _times_log_ratio(logt: Tensor, logq: Tensor) -> Tensor:

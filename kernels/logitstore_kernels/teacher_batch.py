@@ -1,9 +1,10 @@
 """TeacherBatch: the teacher's compressed next-token distributions of one batch, as the tensors that the losses read.
 
 A row holds the teacher's K most probable tokens with their log-probs at T = 1 and, of all other tokens together (the
-tail), the log-mass and one more log-moment. Shapes, dtypes and devices are checked once, here, without reading a value
-on an accelerator. Values are checked where that costs no synchronisation, on a CPU; the search for repeated ids is
-skipped above 2**20 entries (10 ms), because whoever wrote so large a batch to a store has had it checked there.
+tail), the log-mass and one more log-moment; or K tokens that were sampled, with the logs of their weights. Shapes,
+dtypes and devices are checked once, here, without reading a value on an accelerator. Values are checked where that
+costs no synchronisation, on a CPU; the search for repeated ids is skipped above 2**20 entries (10 ms), because whoever
+wrote so large a batch to a store has had it checked there.
 
 Letters: B batch, L length, N rows (one per predicted token), K entries kept, V vocabulary.
 """
@@ -32,9 +33,10 @@ class TeacherBatch:
         NaN allowed in absent rows.
     tail_logmoment_half_N: ln of the summed sqrt(p) of the same tokens, or None, with which only T = 1 is possible for
         the tails "bucket", "uniform" and "dropped".
+    is_sampled: True where logprobs_NK are ln of the weights of samples, at T = 1 alone; made by from_samples.
 
-    Raises TypeError / ValueError for a wrong dtype, shape, device or vocab_size. Prefer the constructors from_topk and
-    from_collated, which check values too.
+    Raises TypeError / ValueError for a wrong dtype, shape, device or vocab_size. Prefer the constructors from_topk,
+    from_samples and from_collated, which check values too.
     """
 
     ids_NK: Tensor
@@ -42,6 +44,7 @@ class TeacherBatch:
     tail_logmass_N: Tensor
     tail_logmoment_half_N: Tensor | None
     vocab_size: int
+    is_sampled: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int):
@@ -94,13 +97,34 @@ class TeacherBatch:
             half_N = _widen(half_N, dtype)
         elif ids_NK.dim() == 2 and ids_NK.shape[1] == vocab_size:
             half_N = torch.where(mass_N == -math.inf, mass_N, math.nan)
-        if ids_NK.dim() == 2 and ids_NK.shape[1] == 0:
-            # Every row absent: one column of pads, so that no reduction meets an axis of length 0.
-            ids_NK = ids_NK.new_full((ids_NK.shape[0], 1), -1)
-            logprobs_NK = logprobs_NK.new_full((ids_NK.shape[0], 1), -math.inf)
+        ids_NK, logprobs_NK = _one_column_at_least(ids_NK, logprobs_NK)
         teacher = cls(ids_NK, _widen(logprobs_NK, dtype), mass_N, half_N, vocab_size)
         if ids_NK.device.type == "cpu":
             _check_values(teacher)
+        return teacher
+
+    @classmethod
+    def from_samples(cls, ids_NK: Tensor, logweights_NK: Tensor, *, vocab_size: int) -> "TeacherBatch":
+        """The batch of these weighted samples, for tail="sampled": token ids_NK[i, j] has weight e^logweights_NK[i, j].
+
+        ids_NK as in the class; logweights_NK in nats, any float dtype (those below 32 bits are widened), finite or
+        -inf, anything in pads. Weights are taken as they are: a row's need not sum to 1, as those of importance
+        weights do not. Raises TypeError / ValueError as the class does, and on a CPU also ValueError for an id outside
+        [-1, V), an id twice in a row, or a log-weight that is NaN or +inf.
+        """
+        for name, value in (("ids_NK", ids_NK), ("logweights_NK", logweights_NK)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if not logweights_NK.is_floating_point():
+            raise TypeError(f"logweights_NK must be of a float dtype, got {logweights_NK.dtype}")
+        ids_NK, logweights_NK = _one_column_at_least(ids_NK, logweights_NK)
+        logweights_NK = logweights_NK.to(torch.float64 if logweights_NK.dtype == torch.float64 else torch.float32)
+        no_tail_N = logweights_NK.new_full(ids_NK.shape[:1], -math.inf)
+        teacher = cls(ids_NK, logweights_NK, no_tail_N, no_tail_N, vocab_size, is_sampled=True)
+        if ids_NK.device.type == "cpu":
+            _check_values(teacher)
+            infinite_N = ((ids_NK >= 0) & (logweights_NK == math.inf)).any(dim=1)
+            _refuse(infinite_N, "a log-weight of +inf", logweights_NK)
         return teacher
 
     @classmethod
@@ -171,13 +195,21 @@ class TeacherBatch:
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TeacherBatch":
         """This batch with every tensor on `device`."""
         half_N = self.tail_logmoment_half_N
-        return TeacherBatch(
-            self.ids_NK.to(device, non_blocking=non_blocking),
-            self.logprobs_NK.to(device, non_blocking=non_blocking),
-            self.tail_logmass_N.to(device, non_blocking=non_blocking),
-            None if half_N is None else half_N.to(device, non_blocking=non_blocking),
-            self.vocab_size,
+        return dataclasses.replace(
+            self,
+            ids_NK=self.ids_NK.to(device, non_blocking=non_blocking),
+            logprobs_NK=self.logprobs_NK.to(device, non_blocking=non_blocking),
+            tail_logmass_N=self.tail_logmass_N.to(device, non_blocking=non_blocking),
+            tail_logmoment_half_N=None if half_N is None else half_N.to(device, non_blocking=non_blocking),
         )
+
+
+def _one_column_at_least(ids_NK: Tensor, logprobs_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of no entries at all as rows of one pad, so that no reduction meets an axis of length 0."""
+    if ids_NK.dim() != 2 or ids_NK.shape[1] != 0:
+        return ids_NK, logprobs_NK
+    n_rows = ids_NK.shape[0]
+    return ids_NK.new_full((n_rows, 1), -1), logprobs_NK.new_full((n_rows, 1), -math.inf)
 
 
 def _widen(value: Tensor, dtype: torch.dtype) -> Tensor:

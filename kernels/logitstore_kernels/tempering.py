@@ -16,12 +16,15 @@ from torch import Tensor
 
 from logitstore_kernels.teacher_batch import TeacherBatch
 
+NOT_NORMALISED = ("dropped", "sampled")
+
 
 class TemperedTeacher(NamedTuple):
     """What the student is held against in each row: K entries and one tail. Absent rows are all -inf.
 
     logt_NK: ln t of each entry, -inf in pads.  logt_tail_N: ln t of the tail, -inf where there is none.
-    Entries and tail sum to 1, except for "dropped", where they sum to the head's mass at T.
+    Entries and tail sum to 1, except for the tails in NOT_NORMALISED: with "dropped" entries sum to the head's mass at
+    T, with "sampled" to whatever the weights sum to.
     """
 
     logt_NK: Tensor
@@ -53,11 +56,13 @@ def temper_teacher(teacher: TeacherBatch, *, temperature: float, tail: str, dtyp
     """The batch's N distributions at T in `dtype`: t_i = e^(l_i / T - A), t_tail = e^(rho - A).
 
     l is the shifted log-prob and A = ln(sum_i e^(l_i / T) + e^rho). For tail="renormalised" the tail is left out of A
-    and has no mass; for "dropped" it is in A and is then taken away.
+    and has no mass; for "dropped" it is in A and is then taken away. For "sampled", where T is 1, t are the weights.
     """
     entry_NK = teacher.ids_NK >= 0
     present_N = entry_NK.any(dim=1)
     logp_NK = teacher.logprobs_NK.to(dtype).masked_fill(~entry_NK, -math.inf)
+    if tail == "sampled":
+        return TemperedTeacher(logp_NK, torch.full_like(logp_NK[:, 0], -math.inf))
     if tail == "renormalised":
         rho_N = torch.full_like(logp_NK[:, 0], -math.inf)
     else:

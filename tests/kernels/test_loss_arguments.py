@@ -19,7 +19,7 @@ BAD_OPTIONS = [
     ({"alpha": -0.1}, ValueError, r"alpha must be in \[0, 1\].*got -0\.1"),
     ({"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\].*got 1\.5"),
     ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
-    ({"tail": "ghost"}, ValueError, "tail must be one of bucket, uniform, renormalised, dropped, got 'ghost'"),
+    ({"tail": "ghost"}, ValueError, "tail must be one of bucket, uniform, renormalised, dropped, sampled, got 'ghost'"),
     ({"tail": "dense"}, ValueError, "tail='dense' is impossible: the teacher batch has no tail coefficients"),
     ({"tail": "sampled"}, ValueError, "tail='sampled' is impossible: the teacher batch holds top-k entries"),
     ({"reduction": "batchmean"}, ValueError, "reduction must be one of none, sum, mean, got 'batchmean'"),
@@ -84,6 +84,21 @@ def test_a_label_outside_the_vocabulary(case_factory, loss_function, label):
         loss_function(wide_NW, case.teacher, labels_N)
     if label < 0:
         loss_function(wide_NW, case.teacher, labels_N, ignore_index=label)
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_samples_have_one_tail_and_one_temperature(case_factory, loss_function):
+    case = case_factory(3, 11, 4)
+    samples = TeacherBatch.from_samples(case.teacher.ids_NK, case.teacher.logprobs_NK, vocab_size=11)
+    for tail in ("bucket", "uniform", "renormalised", "dropped"):
+        message = f"tail='{tail}' is impossible: the teacher batch holds weighted samples.*use one of sampled"
+        with pytest.raises(ValueError, match=message):
+            loss_function(case.logits_NV, samples, case.labels_N, 1.0, tail=tail)
+    with pytest.raises(ValueError, match="tail='dense' is impossible"):
+        loss_function(case.logits_NV, samples, case.labels_N, 1.0, tail="dense")
+    for temperature in (0.5, 2.0):
+        with pytest.raises(ValueError, match=f"tail='sampled' needs temperature=1, got {temperature}: samples are unb"):
+            loss_function(case.logits_NV, samples, case.labels_N, temperature, tail="sampled")
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
