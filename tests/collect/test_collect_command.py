@@ -313,7 +313,7 @@ def test_bad_arguments_are_one_line(
         ((teacher_folder, prompts, out, "--set", "depth=3"), "no option 'depth'"),
         ((teacher_folder, prompts, out, "--set", "vocab_size=5"), "--set vocab_size is not an option"),
         ((teacher_folder, prompts, out, "--generate-temperature", "nan"), "--generate-temperature must be 0 or above"),
-        ((teacher_folder, prompts, out, "--codec", "varopt"), "no codec is named 'varopt'"),
+        ((teacher_folder, prompts, out, "--codec", "top-k"), "no codec is named 'top-k'"),
         ((teacher_folder, prompts, out, "--max-length", "100000"), "beyond the 512 positions"),
         ((teacher_folder, prompts, out, "--max-length", "8"), "the prompt fills the window"),
         ((teacher_folder, prompts, out, "--batch-size", "0"), "--batch-size must be at least 1, got 0"),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from logitstore import LogitStore, StoreSpec
 
 
+_LOSS_TAIL_OF_CODEC = {"residual": "bucket", "sampled": "sampled"}
+
+
 class TeacherDecoder(torch.nn.Module):
     """Decodes batches of one store: `TeacherDecoder(store).to(device)(batch)` is a TeacherBatch of B * L rows.
 
@@ -36,7 +39,37 @@ class TeacherDecoder(torch.nn.Module):
                 f"the batch has no teacher_ids, only {', '.join(sorted(batch))}: "
                 "pass data_collator=logitstore_trainer.collate and a LogitStore as the dataset"
             )
+        if self.spec.codec.tail == "sampled":
+            ids_NK, logweights_NK = (batch[name].flatten(0, 1) for name in ("teacher_ids", "teacher_logprobs"))
+            return TeacherBatch.from_samples(ids_NK, logweights_NK, vocab_size=self.spec.vocab_size)
         return TeacherBatch.from_collated(batch, vocab_size=self.spec.vocab_size)
+
+
+def default_tail(decoder: TeacherDecoder) -> str:
+    """How the loss treats what the store's codec says of the tail: "bucket" for residual mass, "sampled" for samples.
+
+    Raises ValueError for a codec without a default.
+    """
+    tail = decoder.spec.codec.tail
+    if tail not in _LOSS_TAIL_OF_CODEC:
+        raise ValueError(f"no default for a store with tail={tail!r}: pass tail='bucket', 'uniform' or another")
+    return _LOSS_TAIL_OF_CODEC[tail]
+
+
+def fitting_tail(decoder: TeacherDecoder, tail: str | None, temperature: float) -> str:
+    """`tail`, or the store's default where it is None. Raises ValueError where store, tail and temperature do not go
+    together: known before the first batch, which the loss would refuse."""
+    of_store = default_tail(decoder)
+    tail = tail or of_store
+    name = decoder.spec.codec.config["name"]
+    if (tail == "sampled") != (of_store == "sampled"):
+        raise ValueError(f"tail={tail!r} is not for a store of codec {name!r}; use tail={of_store!r}, or leave it out")
+    if tail == "sampled" and temperature != 1:
+        raise ValueError(
+            f"a store of codec {name!r} holds samples, which are for temperature 1 alone, got {temperature}; "
+            "pass temperature=1 (--temperature 1), or collect with --codec topk"
+        )
+    return tail
 
 
 def decoder_for_dataset(dataset: Any) -> TeacherDecoder:

@@ -14,7 +14,7 @@ import torch
 from logitstore_kernels import distillation_loss_parts
 
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
-from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset
+from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
 from logitstore_trainer.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Evaluation:
     """Means over the held-out tokens that are to be learned, in nats per token.
 
     loss_nats: cross-entropy with the text. kl_store_nats: KL(stored teacher || student) at `temperature`, without T^2,
-    the tail treated as `tail` says ("bucket" is a lower bound of the KL over the vocabulary). kl_teacher_nats: exact
+    the tail treated as `tail` says ("bucket" is a lower bound of the KL over the vocabulary; "sampled" lies above it by
+    what the samples' own noise adds, the same for every student). kl_teacher_nats: exact
     KL(teacher || student) at T = 1, None without a live teacher. top1_agreement: share of tokens at which student and
     teacher rank the same token first; the teacher is the live one, or the store's first entry (`top1_against`).
     """
@@ -54,16 +55,18 @@ def evaluate_student(
     decoder: TeacherDecoder | None = None,
     *,
     temperature: float = 1.0,
-    tail: str = "bucket",
+    tail: str | None = None,
     teacher_model: torch.nn.Module | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
     """Evaluates a causal LM on samples of a store: a LogitStore, a Subset of one, or a list of samples.
 
     It runs on the model's device and leaves both models in the mode (train or eval) in which it found them. A list
-    needs the decoder; otherwise it is built from the dataset. Raises ValueError if nothing is to be learned in it.
+    needs the decoder; otherwise it is built from the dataset. tail None: what suits the store. Raises ValueError if
+    nothing is to be learned in it, and for a tail or temperature that the store is not for.
     """
     decoder = decoder_for_dataset(dataset) if decoder is None else decoder
+    tail = fitting_tail(decoder, tail, temperature)
     device = next(model.parameters()).device
     models = [model] if teacher_model is None else [model, teacher_model]
     modes = [each.training for each in models]

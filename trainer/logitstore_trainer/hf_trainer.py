@@ -17,22 +17,10 @@ from logitstore_kernels import distillation_loss_parts
 from transformers import Trainer
 
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
-from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset
+from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_tail_logmass", "teacher_tail_logmoment_half")
-_LOSS_TAIL_OF_CODEC = {"residual": "bucket"}
-
-
-def default_tail(decoder: TeacherDecoder) -> str:
-    """How the loss treats the tail that the store's codec keeps: "bucket" for residual mass.
-
-    Raises ValueError for a codec without a default.
-    """
-    tail = decoder.spec.codec.config.get("tail")
-    if tail not in _LOSS_TAIL_OF_CODEC:
-        raise ValueError(f"no default for a store with tail={tail!r}: pass tail='bucket', 'uniform' or another")
-    return _LOSS_TAIL_OF_CODEC[tail]
 
 
 class DistillationMixin:
@@ -44,7 +32,7 @@ class DistillationMixin:
     logged beside the loss; evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
 
     Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
-    options that would replace this loss.
+    options that would replace this loss, and for a tail or temperature that the store is not for.
     """
 
     # The loss is already a share of the whole accumulated batch; Trainer must not divide it again.
@@ -70,7 +58,7 @@ class DistillationMixin:
             check_tokenizer(decoder.spec, tokenizer)
         if given.get("data_collator") is None:
             given["data_collator"] = partial(collate, pad_token_id=_pad_token_id(tokenizer))
-        self.temperature, self.alpha, self.tail = temperature, alpha, tail or default_tail(decoder)
+        self.temperature, self.alpha, self.tail = temperature, alpha, fitting_tail(decoder, tail, temperature)
         self._train_parts, self._eval_parts = _Sums(), _Sums()
         self._parts_since_step = 0
         self._n_tokens_seen: torch.Tensor | int = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 DTYPES = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-TAILS = ("bucket", "uniform", "renormalised", "dropped")
+TAILS = ("bucket", "uniform", "renormalised", "dropped", "sampled")
 EXAMPLES = """examples:
   logitstore train --student 20M --data teacher_logits.parquet --out student
   logitstore train --student HuggingFaceTB/SmolLM2-135M --data teacher_logits.parquet --eval-fraction 0.05 --out student
@@ -116,9 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, checkpoints and metrics")
     option("--eval-data", "a store to measure on, never trained on", metavar="PATH")
     option("--eval-fraction", "share of the samples to hold out instead, drawn with the seed", type=float, metavar="F")
-    option("--temperature", "T of teacher and student in the KL (default 2)", type=float)
+    option("--temperature", "T of teacher and student in the KL (default 2; 1 for a store of samples)", type=float)
     option("--alpha", "weight of T^2 KL; 1 - alpha weighs cross-entropy, 0 is labels only (default 0.7)", type=float)
-    option("--tail", "bucket, uniform, renormalised or dropped (default: what suits the store)")
+    option("--tail", "bucket, uniform, renormalised, dropped or sampled (default: what suits the store)")
     option("--epochs", "passes over the data (default 1)", type=float)
     option("--steps", "optimizer steps, instead of --epochs", type=int)
     option("--batch-size", "samples per forward pass and process (default 8)", type=int)

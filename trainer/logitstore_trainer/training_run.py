@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 import logitstore
 from logitstore_trainer import checkpoints
+from logitstore_trainer.decoder import decoder_for_dataset, fitting_tail
 from logitstore_trainer.evaluate import evaluate_student
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.student import Student, build_student
@@ -43,6 +44,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str
 def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     out = Path(config.out)
     train_set, eval_set, store = _open_data(config)
+    fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
     identity = _identity(config, train_set, store)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:

@@ -3,8 +3,6 @@
 The order is chosen so that what can fail fails early: the data set is read through, the teacher's configuration and
 tokenizer are looked at, the output is compared with what is there, and only then are the weights loaded. Samples are
 run in batches sorted by length within a window, stored in the order of the data set, and acknowledged group by group.
-
-Letters: K entries kept.
 """
 
 import itertools
@@ -18,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from logitstore_kernels import topk_with_tail
 
 import logitstore
 from logitstore.codecs.registry import Codec
@@ -32,6 +28,7 @@ from logitstore.work_folder import read_plan, work_path
 from logitstore_trainer.collect.forward import ChunkedForward, choose_forward
 from logitstore_trainer.collect.generate import generate_completions
 from logitstore_trainer.collect.prompts import Dataset, read_dataset
+from logitstore_trainer.collect.reduction import reduced_targets, reduction_for
 from logitstore_trainer.collect.samples import remaining_samples
 from logitstore_trainer.collect.settings import DEFAULT_MAX_LENGTH, CollectSettings
 from logitstore_trainer.collect.size import PlannedSize, planned_size
@@ -93,7 +90,7 @@ def collect(settings: CollectSettings, say: Say = print) -> CollectResult:
     _require_writable_folder(settings.out.absolute().parent)
     if note := info.widths_note():
         say(note)
-    size = planned_size(dataset, tokeniser, settings, bytes_a_row=_raw_row_bytes(codec))
+    size = planned_size(dataset, tokeniser, settings, bytes_a_row=codec.max_row_bytes)
     return _Collection(settings, dataset, tokeniser, spec, size, info, say).run()
 
 
@@ -225,16 +222,14 @@ class _Collection:
             keep_masks = [None if self.settings.keep_prompt else window[i].loss_mask[1:] for i in batch]
             for i in batch:
                 self.info.require_ids_in_head(window[i].input_ids, f"row {window[i].source_row}")
-            reduced = forward.reduced([window[i].input_ids for i in batch], keep_masks, self._reduce)
+            sequences = [window[i].input_ids for i in batch]
+            reduced = forward.reduced(sequences, keep_masks, reduction_for(codec, sequences, keep_masks))
             for i, keep_mask, columns in zip(batch, keep_masks, reduced, strict=True):
-                targets[i] = codec.targets_from_topk(*columns, input_ids=window[i].input_ids, keep_mask=keep_mask)
+                targets[i] = reduced_targets(codec, columns, input_ids=window[i].input_ids, keep_mask=keep_mask)
             n_tokens = sum(len(window[i].input_ids) for i in batch)
             self.n_new_tokens += n_tokens
             shown.update(n_tokens)
         return [targets[i] for i in range(len(window))]
-
-    def _reduce(self, logits_NV: torch.Tensor) -> Sequence[torch.Tensor]:
-        return topk_with_tail(logits_NV, self.spec.codec.k, vocab_size=self.spec.vocab_size)
 
     def _say_estimate(self, window: Sequence[TokenisedSample], seconds: float, writer: logitstore.StoreWriter) -> None:
         """One line after the first window: tokens, time, bytes, and whether the disk has them."""
@@ -266,11 +261,6 @@ def _max_length(settings: CollectSettings, info: TeacherInfo) -> int:
 
 def _codec(settings: CollectSettings, info: TeacherInfo) -> Codec:
     return logitstore.make_codec(settings.codec, vocab_size=info.vocab_size, **settings.codec_options)
-
-
-def _raw_row_bytes(codec: Codec) -> int:
-    """Bytes of a full row before compression."""
-    return 12 + min(codec.k, codec.vocab_size) * (5 if codec.head == "fp16" else 4)
 
 
 def _spec(

@@ -23,6 +23,7 @@ examples:
   logitstore collect --teacher HuggingFaceTB/SmolLM2-135M-Instruct --dataset my_prompts.jsonl \\
       --generate 256 --out teacher_logits.parquet
   logitstore collect --teacher ./llama --dataset chats.jsonl --out logits.parquet --codec topk --set k=32 --set head=fp8
+  logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet --codec varopt --set k=16
   logitstore collect --teacher model.Q4_1.gguf --dataset docs.parquet --out logits.parquet --max-tokens 1000000
 
 Interrupted, the same command continues where it stopped; finished, it says so and does nothing.
@@ -72,10 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required.add_argument("--dataset", required=True, type=Path, metavar="F", help="a .jsonl, .parquet or .txt file")
     required.add_argument("--out", required=True, type=Path, metavar="x.parquet", help="the store to write")
     stored = parser.add_argument_group("what is stored")
-    stored.add_argument("--codec", default="topk", help="codec (default: topk)")
+    stored.add_argument("--codec", default="topk", help="topk (default); varopt or rskd: samples, for T = 1")
     stored.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
-        help="an option of the codec: k=64, head=int8|fp8|fp16, tail=residual; may be repeated",
+        help="an option of the codec: k=64, head=int8|fp8|fp16, tail=residual; draws=50 (rskd), seed=0 (varopt, rskd); "
+        "may be repeated",
     )  # fmt: skip
     stored.add_argument("--keep-prompt", action="store_true", help="store rows of tokens that are not learned, too")
     stored.add_argument(

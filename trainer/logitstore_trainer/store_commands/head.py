@@ -54,7 +54,7 @@ def _line(sample: logitstore.Sample, t: int, top: int, text_of: Callable[[int], 
     return [
         str(t),
         text_of(label),
-        f"{probabilities[found[0]]:.3f}" if len(found) else "in the tail",
+        f"{probabilities[found[0]]:.3f}" if len(found) else "not drawn" if targets.is_sampled else "in the tail",
         *shown,
         *[""] * (top - len(shown)),
         f"{np.exp(targets.tail_logmass[t]):.4f}",

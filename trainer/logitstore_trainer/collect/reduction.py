@@ -1,0 +1,54 @@
+"""From chunks of the teacher's logits to what a codec keeps: the top k on the teacher's device, samples on the CPU.
+
+Samplers run in numpy: a chunk's logits are moved to the CPU a few MiB at a time, which costs 1 to 3 ms a row at a
+vocabulary of 50,000 on one core. Their uniforms depend on the text alone (logitstore/sampling.py), so that neither the
+batches nor the device decide what is drawn, and a sampler on the device could take the same ones.
+
+Letters: N kept rows of a batch, n rows of a chunk, U uniforms a row, V columns of the head.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from logitstore_kernels import topk_with_tail
+
+from logitstore import TeacherTargets
+from logitstore.codecs.interface import Codec
+from logitstore.codecs.sampled import SampledCodec
+from logitstore_trainer.collect.forward import Reduce
+
+
+def reduction_for(codec: Codec, sequences: Sequence[np.ndarray], keep_masks: Sequence[np.ndarray | None]) -> Reduce:
+    """What ChunkedForward.reduced is to call on the logits of this batch, and of this batch alone.
+
+    sequences: B arrays [L_b] of token ids; keep_masks: B arrays [L_b - 1] bool, or None where every row is kept.
+    """
+    if not isinstance(codec, SampledCodec):
+        return partial(topk_with_tail, k=codec.k, vocab_size=codec.vocab_size)
+    uniforms = [codec.uniforms(ids) for ids in sequences]
+    kept = [u if keep_mask is None else u[keep_mask] for u, keep_mask in zip(uniforms, keep_masks, strict=True)]
+    return _Sampler(codec, np.concatenate(kept))
+
+
+def reduced_targets(
+    codec: Codec, columns: Sequence[torch.Tensor], *, input_ids: np.ndarray, keep_mask: np.ndarray | None
+) -> TeacherTargets:
+    """The targets of one sequence, from its rows as reduction_for left them."""
+    make: Any = codec.targets_from_samples if isinstance(codec, SampledCodec) else codec.targets_from_topk
+    return make(*columns, input_ids=input_ids, keep_mask=keep_mask)
+
+
+class _Sampler:
+    """Draws the rows of a batch chunk by chunk; the next chunk takes the uniforms [N, U] where the last one stopped."""
+
+    def __init__(self, codec: SampledCodec, uniforms_NU: np.ndarray) -> None:
+        self._codec, self._uniforms_NU, self._n_drawn = codec, uniforms_NU, 0
+
+    def __call__(self, logits_nV: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = slice(self._n_drawn, self._n_drawn + len(logits_nV))
+        self._n_drawn = rows.stop
+        samples = self._codec.sample_rows(logits_nV, np.arange(len(logits_nV)), self._uniforms_NU[rows])
+        return tuple(torch.from_numpy(column) for column in samples)
