@@ -122,8 +122,11 @@ class TeacherTargets:
         sizes["tail_logmoment_half"] = (self.tail_logmoment_half, n_rows)
         if self.samples is not None:
             sizes["samples.n_exact"] = (self.samples.n_exact, n_rows)
+            for name in ("scale", "offset", "tail_codes"):
+                sizes[f"samples.{name}"] = (getattr(self.samples, name), n_rows)
+            sizes["samples.codes"] = (self.samples.codes, int(self.samples.n_exact.sum()))
         for name, (array, expected) in sizes.items():
-            if array.shape != (expected,):
+            if array is not None and array.shape != (expected,):
                 raise CorruptionError(f"{name} has shape {array.shape}, expected ({expected},)")
 
     def dense_logprobs(self, temperature: float = 1.0) -> NDArray[np.float32]:

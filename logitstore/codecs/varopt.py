@@ -160,9 +160,7 @@ class VarOptCodec(SampledCodec):
         exact_E = _is_exact(counts, n_exact)
         head = self._format.quantise(logweights_E[exact_E], offsets_of(n_exact))
         drawn_R = segment_logsumexp(logweights_E[~exact_E].astype(np.float64), offsets_of(counts - n_exact))
-        total_R = np.where(counts > 0, segment_logsumexp(logweights_E.astype(np.float64), offsets_of(counts)), 0.0)
-        tail_codes = encode_logmass(drawn_R - total_R)
-        return StoredSamples(n_exact, head.codes, head.scale, head.offset, tail_codes)
+        return StoredSamples(n_exact, head.codes, head.scale, head.offset, encode_logmass(drawn_R))
 
     def _on_grid(self, targets: TeacherTargets) -> StoredSamples:
         """The codes that the targets carry where they are this format's and give these weights, else new ones."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logitstore
+from logitstore.blob import pack_blob, unpack_blob
 from logitstore.codecs.conformance import require_same
 from logitstore.head_values import HEAD_FORMATS
 from logitstore.sampling import multinomial_sample, probabilities, row_uniforms, varopt_sample
@@ -309,9 +310,35 @@ class TestBadInput:
             self.varopt.encode(replace(targets, samples=samples), self.ids)
         with pytest.raises(logitstore.CorruptionError, match=r"samples.n_exact has shape \(2,\), expected \(3,\)"):
             self.varopt.encode(replace(targets, samples=StoredSamples(n_exact=np.array([0, 5]))), self.ids)
+        with pytest.raises(logitstore.CorruptionError, match=r"samples.codes has shape \(0,\), expected"):
+            samples = replace(targets.samples, codes=targets.samples.codes[:0])
+            self.varopt.encode(replace(targets, samples=samples), self.ids)
         with pytest.raises(logitstore.CorruptionError, match="row 2 holds samples and a tail"):
             tail = np.array([-np.inf, -np.inf, -1], np.float32)
             self.varopt.encode(replace(targets, tail_logmass=tail, tail_logmoment_half=tail), self.ids)
+
+    @pytest.mark.parametrize(
+        ("codec", "position", "value", "message"),
+        [
+            (varopt, 6, 5, r"row 0 has 5 exact of 4 entries and a tail code of"),
+            (
+                varopt,
+                6,
+                4,
+                r"row 0 has 4 exact of 4 entries and a tail code of \d+; 65535 goes with exact entries alone",
+            ),
+            (rskd, 3, 0, "a row's counts do not add up to 4 draws, or one of them is 0"),
+            (rskd, 3, 9, "a row's counts do not add up to 4 draws, or one of them is 0"),
+        ],
+    )
+    def test_decode_says_what_is_wrong_with_sound_bytes(self, codec, position: int, value: int, message: str) -> None:
+        """Position in the planes: behind varopt's three u16 counts come the h, behind rskd's three u8 the draws."""
+        blob = codec.encode(codec.targets_from_logits(self.logits, self.ids), self.ids)
+        header, payload = unpack_blob(blob, max_payload_bytes=1000)
+        content = bytearray(payload)
+        content[position] = value
+        with pytest.raises(logitstore.CorruptionError, match=message):
+            codec.decode(pack_blob(header, [bytes(content)]), self.ids)
 
     @pytest.mark.parametrize("codec", [varopt, rskd])
     @pytest.mark.parametrize("temperature", [0.5, 2.0])

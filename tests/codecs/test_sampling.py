@@ -115,6 +115,17 @@ def test_rows_with_few_possible_tokens_are_exact() -> None:
     np.testing.assert_allclose(dense_weights(rows, 50), p_NV, atol=1e-7)
 
 
+def test_an_exact_entry_is_not_below_the_threshold_by_rounding() -> None:
+    """A token within rounding of its threshold is kept exactly; here float32 would put it a step below the others."""
+    a, b = np.float32(-1.25), np.nextafter(np.float32(-1.25), np.float32(0))
+    boundary = (float(a) + float(b)) / 2
+    below, threshold = np.exp(boundary - 1e-11), np.exp(boundary + 1e-11)
+    assert np.float32(np.log(below)) < np.float32(np.log(threshold))
+    rows = varopt_sample(np.array([[1 - below - threshold, below, threshold / 2, threshold / 2]]), 3, np.array([0.3]))
+    assert rows.n_exact.tolist() == [2]
+    assert (np.diff(rows.logweights[0]) <= 0).all()
+
+
 def test_multinomial_counts_are_those_of_a_search_for_each_draw() -> None:
     p_NV = np.stack([power_law(500, 1.5, seed) for seed in range(6)])
     uniforms_NU = np.random.default_rng(2).random((6, 50))
@@ -132,6 +143,11 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     edges = np.array([[0.0, 1 - 2.0**-53]] * 2)
     rows = multinomial_sample(probabilities(logits_NV), edges)
     assert np.sort(rows.ids, axis=1)[:, -2:].tolist() == [[2, 5], [2, 5]]
+    # with more than one point, u + j rounds to j + 1: the last point falls on the total, behind which are zeros
+    flat_NV = np.concatenate([np.full((1, 40), 0.025), np.zeros((1, 3))], axis=1)
+    rows = varopt_sample(flat_NV, 12, np.array([1 - 2.0**-53]))
+    assert rows.ids.max() == 39
+    assert len(set(rows.ids[0].tolist())) == 12
     for u in (0.0, 1 - 2.0**-53):
         assert (
             varopt_sample(probabilities(logits_NV), 1, np.full(2, u)).ids.ravel().tolist() == [2 if u == 0 else 5] * 2
