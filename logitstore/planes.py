@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 from logitstore.errors import CorruptionError
 
 
+def offsets_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Row boundaries [R+1] of ragged entries, from the entries of each row [R]."""
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
 def rank_major_order(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Entry indices [E] in the order in which they are stored: by rank, rows in order within a rank."""
     filled = counts[counts > 0]

@@ -18,7 +18,8 @@ CONFIG_FILE = "codec.json"
 def make_codec(name: str, *, vocab_size: int, **options: Any) -> Codec:
     """The codec of that name and options, unfitted where it has something to fit.
 
-    "topk": k (64), head "int8" | "fp8" | "fp16" ("int8"), tail "residual".
+    "topk": k (64), head "int8" | "fp8" | "fp16" | "log" | "sqrtp" ("int8"), head_step, min_prob, top_p (None), tail
+    "residual".
     Raises ValueError for a name or an option that this version does not have.
     """
     if name not in CODECS:

@@ -1,68 +1,70 @@
-"""The top-k codec: the k most probable tokens of a row with quantised log-probs, and two moments of the tail.
+"""The top-k codec: the most probable tokens of a row with quantised log-probs, and two moments of the tail.
 
 It gives up where in the tail the rest of the mass lies: read back, the tail is uniform. The mass itself is kept, to
-2e-7 nats, at T = 1 and T = 2. Bytes a token before zstd: k * (2 + value bytes) for a vocabulary up to 65,536 and
-k * (3 + value bytes) above, plus 4 for the moments and 4 for an int8 row's scale and offset.
+2e-7 nats, at T = 1 and T = 2. How many tokens a row keeps is fixed (k), or follows from the row: those with
+p >= min_prob, or the first ones that hold a mass of top_p, k at most.
 
-Planes are laid out rank by rank (all rows' first entries, then all second ones ...), ids by bytes, values as
-differences along the rank, which lets zstd see that neighbouring ranks have neighbouring values.
+Unfitted (layout 1), k = 64 and int8 take k * (2 + 1) bytes before zstd for a vocabulary up to 65,536, k * (3 + 1)
+above, plus 4 for the moments and 4 for an int8 row's scale and offset.
 
-Letters: L sequence length, R rows, E entries, N rows given, K entries given, V vocabulary.
+Letters: L sequence length, R rows, N rows given, K entries given, V vocabulary.
 """
 
 import os
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.blob import BlobHeader, check_header, input_ids_crc32, pack_blob, unpack_blob
-from logitstore.errors import CorruptionError, SpecMismatchError
+from logitstore.blob import BlobHeader, input_ids_crc32
+from logitstore.codecs.flat_layout import CODEC_ID, decode_flat, encode_flat
+from logitstore.errors import SpecMismatchError
 from logitstore.fingerprint import canonical_json
-from logitstore.head_values import HEAD_FORMATS, HeadFormat, QuantisedHead, decode_one_byte
+from logitstore.head_rows import decoded_head, head_on_grid, quantised_head
+from logitstore.head_values import HeadFormat, QuantisedHead, head_format
 from logitstore.logits_source import iter_logit_chunks
-from logitstore.planes import (
-    PlaneReader,
-    byte_planes,
-    delta_along_rank,
-    rank_major_order,
-    undo_delta_along_rank,
-)
-from logitstore.row_input import checked_input_ids, checked_keep_mask, checked_rows, moved_to_tail
+from logitstore.planes import offsets_of
+from logitstore.row_input import checked_input_ids, checked_keep_mask, checked_rows
+from logitstore.selection import Selection, selected
 from logitstore.tail_moments import decode_moments, encode_moments
 from logitstore.targets import TeacherTargets
 from logitstore.topk import topk_with_tail
 
-CODEC_ID = 1
 MAX_VOCAB_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
 class TopKCodec:
-    """Keeps k entries a row (fewer where fewer tokens have a probability), and the tail's mass at T = 1 and T = 2.
+    """Keeps k entries a row at most (fewer where fewer tokens have a probability), and the tail's mass at T = 1 and 2.
 
-    head: "int8", "fp8" or "fp16", how log-probs are stored; tail: "residual". Raises ValueError for anything else.
+    head: "int8", "fp8", "fp16", "log" or "sqrtp", how log-probs are stored; head_step: the step of "log" (nats) or
+    "sqrtp" (of sqrt(p)), None for the default. tail: "residual". min_prob, top_p: see Selection.
+    Raises ValueError for anything else.
     """
 
     vocab_size: int
     k: int = 64
     head: str = "int8"
     tail: str = "residual"
+    head_step: float | None = None
+    min_prob: float | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         _require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
         _require_int("k", self.k, 1, 65535)
-        if self.head not in HEAD_FORMATS:
-            raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
         if self.tail != "residual":
             raise ValueError(f"tail must be 'residual' in this version, got {self.tail!r}")
+        _ = self._format, self._selection
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as JSON values; make_codec(**config) makes the codec again."""
-        return {"name": "topk", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "tail": self.tail}
+        config = {"name": "topk", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "tail": self.tail}
+        options = {name: getattr(self, name) for name in ("head_step", "min_prob", "top_p")}
+        return config | {name: value for name, value in options.items() if value is not None}
 
     @property
     def value_table(self) -> NDArray[np.float32] | None:
@@ -71,7 +73,11 @@ class TopKCodec:
 
     @property
     def _format(self) -> HeadFormat:
-        return HEAD_FORMATS[self.head]
+        return head_format(self.head, self.head_step)
+
+    @property
+    def _selection(self) -> Selection:
+        return Selection(self.k, self.min_prob, self.top_p)
 
     def calibrated(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> "TopKCodec":
         """The codec itself: nothing of it is fitted."""
@@ -107,25 +113,23 @@ class TopKCodec:
         """The same from what logitstore_kernels.topk_with_tail returns: ids [N, K >= k], logps [N, K] descending,
         moments [N], for all L - 1 rows or for those that keep_mask keeps. Pads have id -1.
 
-        Entries beyond the k-th, and entries of a probability that float32 does not hold (below e^-87), are left to
-        the tail. Raises ValueError for shapes that do not fit, ids outside the vocabulary or a row without entries.
+        Entries that the codec does not keep, those of a probability that float32 does not hold (below e^-87) and
+        those too improbable for the head format are left to the tail. Raises ValueError for shapes that do not fit,
+        ids outside the vocabulary or a row without entries.
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         keep = checked_keep_mask(keep_mask, len(tokens))
         rows = checked_rows(ids, logps, tail_logmass, tail_logmoment_half, keep_mask=keep, vocab_size=self.vocab_size)
-        rows = moved_to_tail(rows, self.k)
+        rows = selected(rows, self._selection, self._format)
         entry_NK = rows.ids >= 0
         counts = np.zeros(len(keep), np.int64)
         counts[keep] = entry_NK.sum(axis=1)
         offsets = offsets_of(counts)
-        odds_codes, excess_codes = encode_moments(rows.tail_logmass, rows.tail_logmoment_half)
-        return self._targets(
-            tokens,
-            offsets,
-            rows.ids[entry_NK].astype(np.int32),
-            self._format.quantise(rows.logps[entry_NK], offsets),
-            decode_moments(odds_codes, excess_codes),
+        moments = _of_all_rows(
+            decode_moments(*encode_moments(rows.tail_logmass, rows.tail_logmoment_half)), present=counts > 0
         )
+        head = quantised_head(self._format, rows.logps[entry_NK], offsets, moments[0])
+        return self._targets(tokens, offsets, rows.ids[entry_NK].astype(np.int32), head, moments)
 
     def encode(self, targets: TeacherTargets, input_ids: Any) -> bytes:
         """One blob of these rows. Values that are not on this codec's grid yet are quantised.
@@ -135,57 +139,24 @@ class TopKCodec:
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         self._check_targets(targets, tokens)
-        counts = targets.counts
-        present = counts > 0
-        order = rank_major_order(counts)
-        header = replace(self._expected_header(tokens), n_present=int(present.sum()), n_entries=len(targets.ids))
-        head = self._on_grid(targets)
-        moments = encode_moments(targets.tail_logmass[present], targets.tail_logmoment_half[present])
-        planes = [counts.astype("<u2").tobytes(), *(codes.astype("<u2").tobytes() for codes in moments)]
-        if head.scale is not None and head.offset is not None:
-            planes += [numbers[present].astype("<f2").tobytes() for numbers in (head.scale, head.offset)]
-        planes += byte_planes(targets.ids[order], self._id_bytes)
-        planes += byte_planes(delta_along_rank(head.codes, targets.offsets)[order], self._format.code_bytes)
-        return pack_blob(header, planes)
+        present = targets.present
+        moment_codes = encode_moments(targets.tail_logmass[present], targets.tail_logmoment_half[present])
+        moments = _of_all_rows(decode_moments(*moment_codes), present)
+        head = head_on_grid(self._format, targets, moments[0])
+        return encode_flat(self._header(tokens), self._format, targets.offsets, targets.ids, head, moment_codes)
 
     def decode(self, blob: bytes | memoryview, input_ids: Any) -> TeacherTargets:
         """The targets that were encoded for this text. Raises FormatError, CorruptionError or SpecMismatchError."""
         tokens = checked_input_ids(input_ids, self.vocab_size)
-        n_rows = max(len(tokens) - 1, 0)
-        header, payload = unpack_blob(blob, max_payload_bytes=n_rows * self._max_row_bytes)
-        check_header(header, self._expected_header(tokens))
-        planes = PlaneReader(payload)
-        counts = planes.take("<u2", n_rows).astype(np.int64)
-        if counts.sum() != header.n_entries or np.count_nonzero(counts) != header.n_present:
-            raise CorruptionError(f"row counts add up to {counts.sum()} entries, the header says {header.n_entries}")
-        if counts.max(initial=0) > self.k:
-            raise CorruptionError(f"a row has {counts.max()} entries, the codec keeps {self.k} at most")
-        moments = decode_moments(planes.take("<u2", header.n_present), planes.take("<u2", header.n_present))
-        scale_offset = None
-        if self._format.has_row_scale:
-            scale_offset = [planes.take("<f2", header.n_present).astype(np.float32) for _ in range(2)]
-        order, offsets = rank_major_order(counts), offsets_of(counts)
-        ids = np.empty(header.n_entries, np.int32)
-        ids[order] = planes.take_planes(self._id_bytes, header.n_entries, np.int32)
-        code_type = np.uint8 if self._format.code_bytes == 1 else np.uint16
-        delta = np.empty(header.n_entries, code_type)
-        delta[order] = planes.take_planes(self._format.code_bytes, header.n_entries, code_type)
-        planes.finish()
-        head = self._head(undo_delta_along_rank(delta, offsets), counts, scale_offset)
-        targets = self._targets(tokens, offsets, ids, head, moments)
+        rows = decode_flat(blob, self._header(tokens), self._format, k=self.k)
+        moments = _of_all_rows(decode_moments(*rows.moment_codes), np.diff(rows.offsets) > 0)
+        head = decoded_head(self._format, rows.codes, rows.offsets, moments[0], rows.scale, rows.offset)
+        targets = self._targets(tokens, rows.offsets, rows.ids, head, moments)
         targets.validate()
         return targets
 
-    @property
-    def _id_bytes(self) -> int:
-        return 1 if self.vocab_size <= 1 << 8 else 2 if self.vocab_size <= 1 << 16 else 3
-
-    @property
-    def _max_row_bytes(self) -> int:
-        """Bytes of a full row: its count, two moments, scale and offset, and k entries."""
-        return 2 + 4 + 4 + self.k * (self._id_bytes + self._format.code_bytes)
-
-    def _expected_header(self, tokens: NDArray[np.int32]) -> BlobHeader:
+    def _header(self, tokens: NDArray[np.int32]) -> BlobHeader:
+        """The header of a blob for this text, its counts of present rows and entries still 0."""
         return BlobHeader(
             codec_id=CODEC_ID,
             n_rows=max(len(tokens) - 1, 0),
@@ -206,54 +177,20 @@ class TopKCodec:
         if most > self.k:
             raise SpecMismatchError(f"a row of the targets has {most} entries, the codec keeps {self.k}")
 
-    def _on_grid(self, targets: TeacherTargets) -> QuantisedHead:
-        """The targets' own codes where they are this format's codes, else their log-probs quantised."""
-        codes, scale, offset = targets.codes, targets.code_scale, targets.code_offset
-        if codes is not None and self._format.table is not None and (scale is not None) == self._format.has_row_scale:
-            head = self._head_of_rows(codes, targets.counts, scale, offset)
-            if np.array_equal(head.logps, targets.logps):
-                return head
-        return self._format.quantise(targets.logps, targets.offsets)
-
-    def _head(
-        self, codes: NDArray, counts: NDArray[np.int64], scale_offset: list[NDArray[np.float32]] | None
-    ) -> QuantisedHead:
-        """What codes stand for, the scale and offset being given for the present rows only."""
-        if self._format.table is None:
-            return QuantisedHead(codes.view(np.float16).astype(np.float32), codes, None, None)
-        if scale_offset is None:
-            return self._head_of_rows(codes, counts, None, None)
-        scale_R, offset_R = (np.zeros(len(counts), np.float32) for _ in range(2))
-        scale_R[counts > 0], offset_R[counts > 0] = scale_offset
-        return self._head_of_rows(codes, counts, scale_R, offset_R)
-
-    def _head_of_rows(
-        self,
-        codes: NDArray[np.uint8],
-        counts: NDArray[np.int64],
-        scale_R: NDArray[np.float32] | None,
-        offset_R: NDArray[np.float32] | None,
-    ) -> QuantisedHead:
-        assert self._format.table is not None
-        scale_E, offset_E = (None if a is None else np.repeat(a, counts) for a in (scale_R, offset_R))
-        return QuantisedHead(decode_one_byte(codes, self._format.table, scale_E, offset_E), codes, scale_R, offset_R)
-
     def _targets(
         self,
         tokens: NDArray[np.int32],
         offsets: NDArray[np.int64],
         ids: NDArray[np.int32],
         head: QuantisedHead,
-        present_moments: tuple[NDArray[np.float32], NDArray[np.float32]],
+        moments: tuple[NDArray[np.float32], NDArray[np.float32]],
     ) -> TeacherTargets:
-        moments_R = np.full((2, len(offsets) - 1), np.nan, np.float32)
-        moments_R[:, np.diff(offsets) > 0] = present_moments
         return TeacherTargets(
             offsets=offsets,
             ids=ids,
             logps=head.logps,
-            tail_logmass=moments_R[0],
-            tail_logmoment_half=moments_R[1],
+            tail_logmass=moments[0],
+            tail_logmoment_half=moments[1],
             vocab_size=self.vocab_size,
             input_ids=tokens,
             codes=head.codes if self._format.code_bytes == 1 else None,
@@ -268,11 +205,13 @@ class TopKCodec:
         save_codec(self, folder)
 
 
-def offsets_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row boundaries [R+1] of ragged entries, from the entries of each row [R]."""
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
+def _of_all_rows(
+    moments_P: tuple[NDArray[np.float32], NDArray[np.float32]], present: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Moments of the present rows spread over all rows [R], NaN in absent ones."""
+    moments_R = np.full((2, len(present)), np.nan, np.float32)
+    moments_R[:, present] = moments_P
+    return moments_R[0], moments_R[1]
 
 
 def _require_int(name: str, value: Any, least: int, most: int) -> None:
