@@ -39,7 +39,8 @@ class HeadFormat:
 
     has_row_scale: scale and offset are stored for each row. derives_offset: a row's offset is not stored, but is what
     makes the head's mass 1 - tail mass. reach_nats: entries further below a row's first cannot be said.
-    least_logp: entries of less probability cannot be said. Both go to the tail.
+    least_logp: entries of less probability cannot be said. Both go to the tail. descends: codes fall along a row, from
+    `base` down; otherwise they rise from it.
     """
 
     name: str
@@ -51,6 +52,8 @@ class HeadFormat:
     derives_offset: bool = False
     reach_nats: float = math.inf
     least_logp: float = LEAST_LOGP
+    descends: bool = False
+    base: int = 0
 
 
 def _e4m3_table() -> NDArray[np.float32]:
@@ -171,13 +174,23 @@ def _sqrtp_format(step: float) -> HeadFormat:
 
     with np.errstate(divide="ignore"):
         table = np.minimum(2 * np.log(step * np.arange(256)), 0).astype(np.float32)
-    return HeadFormat("sqrtp", 1, False, table, quantise, error_bound, least_logp=2 * math.log(step / 2) + 1e-6)
+    return HeadFormat(
+        "sqrtp",
+        1,
+        False,
+        table,
+        quantise,
+        error_bound,
+        least_logp=2 * math.log(step / 2) + 1e-6,
+        descends=True,
+        base=min(round(1 / step), 255),
+    )
 
 
 HEAD_FORMATS = {
-    "fp8": HeadFormat("fp8", 1, False, E4M3_TABLE, _quantise_fp8, _fp8_bound),
-    "int8": HeadFormat("int8", 1, True, INT8_TABLE, _quantise_int8, _int8_bound),
-    "fp16": HeadFormat("fp16", 2, False, None, _quantise_fp16, _fp16_bound),
+    "fp8": HeadFormat("fp8", 1, False, E4M3_TABLE, _quantise_fp8, _fp8_bound, base=128),
+    "int8": HeadFormat("int8", 1, True, INT8_TABLE, _quantise_int8, _int8_bound, descends=True, base=255),
+    "fp16": HeadFormat("fp16", 2, False, None, _quantise_fp16, _fp16_bound, base=32768),
 }
 STEPPED_FORMATS = {"log": (_log_format, 0.25, 1 / 16, 4.0), "sqrtp": (_sqrtp_format, 1 / 64, 1 / 255, 1 / 4)}
 HEADS = (*HEAD_FORMATS, *STEPPED_FORMATS)

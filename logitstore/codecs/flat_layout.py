@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from logitstore.blob import BlobHeader, check_header, pack_blob, unpack_blob
 from logitstore.errors import CorruptionError
-from logitstore.head_values import HeadFormat, QuantisedHead
+from logitstore.head_values import HeadFormat
 from logitstore.planes import (
     PlaneReader,
     byte_planes,
@@ -28,8 +28,8 @@ CODEC_ID = 1
 
 
 class StoredRows(NamedTuple):
-    """What a layout gives back: offsets [R+1], ids [E] int32, head codes [E], moment codes (odds, excess) [P] uint16,
-    and scale and offset [R] float32 where the head format stores them."""
+    """What a layout stores and gives back: offsets [R+1], ids [E] int32, head codes [E], moment codes (odds, excess)
+    [P] uint16, and scale and offset [R] float32 where the head format stores them."""
 
     offsets: NDArray[np.int64]
     ids: NDArray[np.int32]
@@ -39,24 +39,17 @@ class StoredRows(NamedTuple):
     offset: NDArray[np.float32] | None
 
 
-def encode_flat(
-    header: BlobHeader,
-    head_format: HeadFormat,
-    offsets: NDArray[np.int64],
-    ids: NDArray[np.int32],
-    head: QuantisedHead,
-    moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]],
-) -> bytes:
+def encode_flat(header: BlobHeader, head_format: HeadFormat, rows: StoredRows) -> bytes:
     """The blob of these rows; header's counts of rows and entries are filled in here."""
-    counts = np.diff(offsets)
+    counts = np.diff(rows.offsets)
     present = counts > 0
     order = rank_major_order(counts)
-    header = replace(header, n_present=int(present.sum()), n_entries=len(ids))
-    planes = [counts.astype("<u2").tobytes(), *(codes.astype("<u2").tobytes() for codes in moment_codes)]
-    if head_format.has_row_scale and head.scale is not None and head.offset is not None:
-        planes += [numbers[present].astype("<f2").tobytes() for numbers in (head.scale, head.offset)]
-    planes += byte_planes(ids[order], id_bytes(header.vocab_size))
-    planes += byte_planes(delta_along_rank(head.codes, offsets)[order], head_format.code_bytes)
+    header = replace(header, n_present=int(present.sum()), n_entries=len(rows.ids))
+    planes = [counts.astype("<u2").tobytes(), *(codes.astype("<u2").tobytes() for codes in rows.moment_codes)]
+    if head_format.has_row_scale and rows.scale is not None and rows.offset is not None:
+        planes += [numbers[present].astype("<f2").tobytes() for numbers in (rows.scale, rows.offset)]
+    planes += byte_planes(rows.ids[order], id_bytes(header.vocab_size))
+    planes += byte_planes(delta_along_rank(rows.codes, rows.offsets)[order], head_format.code_bytes)
     return pack_blob(header, planes)
 
 

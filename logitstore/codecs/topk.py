@@ -4,6 +4,8 @@ It gives up where in the tail the rest of the mass lies: read back, the tail is 
 2e-7 nats, at T = 1 and T = 2. How many tokens a row keeps is fixed (k), or follows from the row: those with
 p >= min_prob, or the first ones that hold a mass of top_p, k at most.
 
+Fitted by `calibrate` (layout 2), the 16 most probable tokens of a row take about 19 bytes with head "log", step 1/2
+(SmolLM2-135M-Instruct, V = 49,152, three kinds of text).
 Unfitted (layout 1), k = 64 and int8 take k * (2 + 1) bytes before zstd for a vocabulary up to 65,536, k * (3 + 1)
 above, plus 4 for the moments and 4 for an int8 row's scale and offset.
 
@@ -12,23 +14,28 @@ Letters: L sequence length, R rows, N rows given, K entries given, V vocabulary.
 
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.blob import BlobHeader, input_ids_crc32
-from logitstore.codecs.flat_layout import CODEC_ID, decode_flat, encode_flat
+from logitstore.codec_tables import CodecTables
+from logitstore.codecs import flat_layout, ranked_layout
+from logitstore.codecs.flat_layout import StoredRows, decode_flat, encode_flat
+from logitstore.codecs.ranked_layout import canonical_order, decode_ranked, encode_ranked
 from logitstore.errors import SpecMismatchError
 from logitstore.fingerprint import canonical_json
+from logitstore.fit_tables import fit_tables, joined
 from logitstore.head_rows import decoded_head, head_on_grid, quantised_head
 from logitstore.head_values import HeadFormat, QuantisedHead, head_format
 from logitstore.logits_source import iter_logit_chunks
 from logitstore.planes import offsets_of
 from logitstore.row_input import checked_input_ids, checked_keep_mask, checked_rows
 from logitstore.selection import Selection, selected
-from logitstore.tail_moments import decode_moments, encode_moments
+from logitstore.tail_moments import COARSE, FINE, MomentGrid, decode_moments, encode_moments
 from logitstore.targets import TeacherTargets
 from logitstore.topk import topk_with_tail
 
@@ -40,7 +47,8 @@ class TopKCodec:
     """Keeps k entries a row at most (fewer where fewer tokens have a probability), and the tail's mass at T = 1 and 2.
 
     head: "int8", "fp8", "fp16", "log" or "sqrtp", how log-probs are stored; head_step: the step of "log" (nats) or
-    "sqrtp" (of sqrt(p)), None for the default. tail: "residual". min_prob, top_p: see Selection.
+    "sqrtp" (of sqrt(p)), None for the default. tail: "residual". min_prob, top_p: see Selection. tables_sha256: hash
+    of the tables that a fitted codec codes with, None for an unfitted one; tables: these, where they are at hand.
     Raises ValueError for anything else.
     """
 
@@ -51,6 +59,8 @@ class TopKCodec:
     head_step: float | None = None
     min_prob: float | None = None
     top_p: float | None = None
+    tables_sha256: str | None = None
+    tables: CodecTables | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
@@ -58,12 +68,15 @@ class TopKCodec:
         if self.tail != "residual":
             raise ValueError(f"tail must be 'residual' in this version, got {self.tail!r}")
         _ = self._format, self._selection
+        if self.tables is not None and self.tables.sha256 != self.tables_sha256:
+            raise ValueError(f"tables have SHA-256 {self.tables.sha256}, the codec names {self.tables_sha256}")
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as JSON values; make_codec(**config) makes the codec again."""
         config = {"name": "topk", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "tail": self.tail}
         options = {name: getattr(self, name) for name in ("head_step", "min_prob", "top_p")}
+        options["tables"] = self.tables_sha256
         return config | {name: value for name, value in options.items() if value is not None}
 
     @property
@@ -79,9 +92,29 @@ class TopKCodec:
     def _selection(self) -> Selection:
         return Selection(self.k, self.min_prob, self.top_p)
 
-    def calibrated(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> "TopKCodec":
-        """The codec itself: nothing of it is fitted."""
-        return self
+    @property
+    def _grid(self) -> MomentGrid:
+        return FINE if self.tables_sha256 is None else COARSE
+
+    def fitted_tables(self) -> CodecTables:
+        """The tables of a fitted codec. Raises SpecMismatchError where they are not at hand."""
+        if self.tables is None:
+            raise SpecMismatchError(
+                f"codec needs its tables {self.tables_sha256}: open the store beside its .tables folder, or use "
+                "logitstore.load_codec on the folder that codec.save wrote"
+            )
+        return self.tables
+
+    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "TopKCodec":
+        """This codec with tables fitted to samples of (logits [L, V], input_ids [L], keep_mask [L-1] or None)."""
+        unfitted = replace(self, tables_sha256=None, tables=None)
+        targets = (unfitted.targets_from_logits(*sample) for sample in samples)
+        tables = fit_tables(joined(targets), self._format, self.vocab_size)
+        return replace(self, tables_sha256=tables.sha256, tables=tables)
+
+    def with_tables(self, tables: CodecTables) -> "TopKCodec":
+        """This codec with its tables at hand. Raises ValueError for others than it names."""
+        return replace(self, tables=tables)
 
     def targets_from_logits(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> TeacherTargets:
         """What this codec keeps of softmax(logits), quantised: decode(encode(targets)) equals it bit for bit.
@@ -125,40 +158,61 @@ class TopKCodec:
         counts = np.zeros(len(keep), np.int64)
         counts[keep] = entry_NK.sum(axis=1)
         offsets = offsets_of(counts)
-        moments = _of_all_rows(
-            decode_moments(*encode_moments(rows.tail_logmass, rows.tail_logmoment_half)), present=counts > 0
-        )
+        moment_codes = encode_moments(rows.tail_logmass, rows.tail_logmoment_half, self._grid)
+        moments = self._moments(moment_codes, counts > 0)
         head = quantised_head(self._format, rows.logps[entry_NK], offsets, moments[0])
-        return self._targets(tokens, offsets, rows.ids[entry_NK].astype(np.int32), head, moments)
+        kept = rows.ids[entry_NK].astype(np.int32)
+        if self.tables_sha256 is not None:
+            stored = StoredRows(offsets, kept, head.codes, moment_codes, None, None)
+            kept = kept[canonical_order(self.fitted_tables().lists, stored, tokens)]
+        return self._targets(tokens, offsets, kept, head, moments)
 
     def encode(self, targets: TeacherTargets, input_ids: Any) -> bytes:
         """One blob of these rows. Values that are not on this codec's grid yet are quantised.
 
         Raises ValueError where targets and input_ids do not belong together, CorruptionError where targets break
-        an invariant, SpecMismatchError for another vocabulary or more than k entries in a row.
+        an invariant, SpecMismatchError for another vocabulary, more than k entries in a row, or tables not at hand.
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         self._check_targets(targets, tokens)
         present = targets.present
-        moment_codes = encode_moments(targets.tail_logmass[present], targets.tail_logmoment_half[present])
-        moments = _of_all_rows(decode_moments(*moment_codes), present)
-        head = head_on_grid(self._format, targets, moments[0])
-        return encode_flat(self._header(tokens), self._format, targets.offsets, targets.ids, head, moment_codes)
+        moments_P = targets.tail_logmass[present], targets.tail_logmoment_half[present]
+        moment_codes = encode_moments(*moments_P, self._grid)
+        head = head_on_grid(self._format, targets, self._moments(moment_codes, present)[0])
+        rows = StoredRows(targets.offsets, targets.ids, head.codes, moment_codes, head.scale, head.offset)
+        if self.tables_sha256 is None:
+            return encode_flat(self._header(tokens), self._format, rows)
+        return encode_ranked(self._header(tokens), self._format, self.fitted_tables(), tokens, rows)
 
     def decode(self, blob: bytes | memoryview, input_ids: Any) -> TeacherTargets:
-        """The targets that were encoded for this text. Raises FormatError, CorruptionError or SpecMismatchError."""
+        """The targets that were encoded for this text.
+
+        Raises FormatError, CorruptionError, or SpecMismatchError (another codec's blob, or tables not at hand).
+        """
         tokens = checked_input_ids(input_ids, self.vocab_size)
-        rows = decode_flat(blob, self._header(tokens), self._format, k=self.k)
-        moments = _of_all_rows(decode_moments(*rows.moment_codes), np.diff(rows.offsets) > 0)
+        header = self._header(tokens)
+        if self.tables_sha256 is None:
+            rows = decode_flat(blob, header, self._format, k=self.k)
+        else:
+            rows = decode_ranked(blob, header, self._format, self.fitted_tables(), tokens, k=self.k)
+        moments = self._moments(rows.moment_codes, np.diff(rows.offsets) > 0)
         head = decoded_head(self._format, rows.codes, rows.offsets, moments[0], rows.scale, rows.offset)
         targets = self._targets(tokens, rows.offsets, rows.ids, head, moments)
         targets.validate()
         return targets
 
+    def _moments(
+        self, moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]], present: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Log-mass and half moment of all rows [R], NaN in absent ones, from the codes of the present ones."""
+        moments_R = np.full((2, len(present)), np.nan, np.float32)
+        moments_R[:, present] = decode_moments(*moment_codes, self._grid)
+        return moments_R[0], moments_R[1]
+
     def _header(self, tokens: NDArray[np.int32]) -> BlobHeader:
         """The header of a blob for this text, its counts of present rows and entries still 0."""
         return BlobHeader(
-            codec_id=CODEC_ID,
+            codec_id=flat_layout.CODEC_ID if self.tables_sha256 is None else ranked_layout.CODEC_ID,
             n_rows=max(len(tokens) - 1, 0),
             n_present=0,
             n_entries=0,
@@ -203,15 +257,6 @@ class TopKCodec:
         from logitstore.codecs.registry import save_codec
 
         save_codec(self, folder)
-
-
-def _of_all_rows(
-    moments_P: tuple[NDArray[np.float32], NDArray[np.float32]], present: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Moments of the present rows spread over all rows [R], NaN in absent ones."""
-    moments_R = np.full((2, len(present)), np.nan, np.float32)
-    moments_R[:, present] = moments_P
-    return moments_R[0], moments_R[1]
 
 
 def _require_int(name: str, value: Any, least: int, most: int) -> None:
