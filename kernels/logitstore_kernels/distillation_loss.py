@@ -63,8 +63,8 @@ def distillation_loss(
     again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
-    t.vocab_size, a temperature other than 1 without t.tail_logmoment_half_N (except for "renormalised"), the tails
-    "dense" and "sampled", for which a TeacherBatch has no data, and on a CPU a label outside the vocabulary.
+    t.vocab_size, a temperature other than 1 without t.tail_logmoment_half_N (except for "renormalised" and at alpha 0),
+    the tails "dense" and "sampled", for which a TeacherBatch has no data, and on a CPU a label outside the vocabulary.
     """
     return _loss_parts(
         student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
@@ -88,7 +88,8 @@ def distillation_loss_parts(
 
     kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats. Both are reduced as the
     loss is (mean or sum over the same rows with the same denominator, or [N] for "none"), come from the same pass, are
-    detached and stay on the device: read them when you log. Both are computed even where their weight is 0.
+    detached and stay on the device: read them when you log. Both are computed even where their weight is 0, so the
+    half moment is needed at alpha 0, too.
     """
     return _loss_parts(
         student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
@@ -114,6 +115,7 @@ def _loss_parts(
     check_arguments(
         student_logits_NW, teacher, labels_N, temperature=temperature, alpha=alpha, tail=tail,
         ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
+        kl_wanted=kl_wanted,
     )  # fmt: skip
     counted_N = counted_rows(labels_N, teacher, ignore_index)
     weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW))

@@ -46,8 +46,12 @@ def check_arguments(
     ignore_index: int,
     reduction: str,
     num_items_in_batch: int | Tensor | None,
+    kl_wanted: bool,
 ) -> None:
-    """Raise TypeError or ValueError, saying what was got and expected, unless the loss can be computed."""
+    """Raise TypeError or ValueError, saying what was got and expected, unless the loss can be computed.
+
+    Where the KL is not wanted, the teacher need not have what only its temperature asks for.
+    """
     _check_tensors(student_logits_NW, teacher, labels_N)
     if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
@@ -57,7 +61,9 @@ def check_arguments(
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] (alpha weighs T^2 * KL, 1 - alpha cross-entropy), got {alpha}")
-    _check_tail(tail, teacher, temperature)
+    _check_tail(tail)
+    if kl_wanted:
+        _check_half_moment(tail, teacher, temperature)
     _check_reduction(reduction, num_items_in_batch)
     if labels_N.device.type == "cpu":
         bad_N = (labels_N != ignore_index) & ((labels_N < 0) | (labels_N >= teacher.vocab_size))
@@ -102,11 +108,14 @@ def _check_tensors(student_logits_NW: Tensor, teacher: TeacherBatch, labels_N: T
         )
 
 
-def _check_tail(tail: str, teacher: TeacherBatch, temperature: float) -> None:
+def _check_tail(tail: str) -> None:
     if tail in _TAILS_WITHOUT_DATA:
         raise ValueError(f"tail={tail!r} is impossible: {_TAILS_WITHOUT_DATA[tail]}; use one of {', '.join(TAILS)}")
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+
+
+def _check_half_moment(tail: str, teacher: TeacherBatch, temperature: float) -> None:
     if tail != "renormalised" and temperature != 1 and teacher.tail_logmoment_half_N is None:
         raise ValueError(
             f"tail={tail!r} at temperature={temperature} needs tail_logmoment_half_N, which the teacher batch lacks; "
