@@ -56,6 +56,8 @@ def distillation_loss(
             student that puts more mass on the entries than the teacher does.
     reduction: "none" gives [N] (0 in rows that do not count), "sum" their sum, "mean" the sum over the number of rows
         that count, or over num_items_in_batch (int or one-element tensor) where that is given. The mean of no row is 0.
+    num_items_in_batch: an int must be positive. A tensor, whose value is not read, may be 0, as it is for an optimizer
+        step whose every label is ignored; then no row counts, not even one with a label, which such a count rules out.
     inplace: True writes the gradient over student_logits_NV (mutates it; its version counter moves on) and saves a
         tensor of that size; only where a gradient is wanted. The logits must not be used again.
 
@@ -117,7 +119,7 @@ def _loss_parts(
         ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
         kl_wanted=kl_wanted,
     )  # fmt: skip
-    counted_N = counted_rows(labels_N, teacher, ignore_index)
+    counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
     weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW))
     rows = chunked_loss_rows(
         student_logits_NW,

@@ -146,9 +146,17 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def counted_rows(labels_N: Tensor, teacher: TeacherBatch, ignore_index: int) -> Tensor:
-    """[N] bool, True where the row counts: its label is not ignore_index and the teacher row is present."""
-    return (labels_N != ignore_index) & teacher.present_N
+def counted_rows(
+    labels_N: Tensor, teacher: TeacherBatch, ignore_index: int, num_items_in_batch: int | Tensor | None
+) -> Tensor:
+    """[N] bool, True where the row counts: its label is not ignore_index and the teacher row is present.
+
+    A num_items_in_batch tensor that holds 0 says that no row counts, and then none does.
+    """
+    counted_N = (labels_N != ignore_index) & teacher.present_N
+    if isinstance(num_items_in_batch, Tensor):
+        counted_N &= num_items_in_batch.to(counted_N.device).reshape(()) != 0
+    return counted_N
 
 
 def row_weight(
@@ -156,13 +164,14 @@ def row_weight(
 ) -> Tensor:
     """What the reduction multiplies each row with, a 0-axis tensor on the rows' device: 1, or 1 / denominator.
 
-    The mean of no counted row at all is 0, not 0 / 0.
+    The mean of no counted row at all is 0, not 0 / 0: where the denominator is 0, so is every row.
     """
     if reduction != "mean":
         return torch.ones((), dtype=dtype, device=counted_N.device)
     if num_items_in_batch is None:
         return counted_N.sum().clamp(min=1).to(dtype).reciprocal()
-    return torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype).reciprocal()
+    n_items = torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype)
+    return n_items.masked_fill(n_items == 0, 1).reciprocal()
 
 
 def reduce_rows(loss_N: Tensor, kl_N: Tensor, ce_N: Tensor, weight: Tensor, reduction: str) -> DistillationLossParts:

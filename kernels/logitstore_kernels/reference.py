@@ -79,7 +79,7 @@ def _loss_parts(
         reduction=reduction, num_items_in_batch=num_items_in_batch, kl_wanted=kl_wanted,
     )  # fmt: skip
     dtype = compute_dtype(student_logits_NV)
-    counted_N = counted_rows(labels_N, t, ignore_index)
+    counted_N = counted_rows(labels_N, t, ignore_index, num_items_in_batch)
     # Selecting before computing is what keeps NaN logits of an uncounted row out of value and gradient.
     logits_NV = torch.where(counted_N[:, None], student_logits_NV[:, : t.vocab_size].to(dtype), 0)
     label_N = torch.where(counted_N, labels_N, 0).long()
