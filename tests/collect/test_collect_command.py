@@ -92,6 +92,19 @@ def test_batches_do_not_change_what_is_stored(teacher_folder: Path, prompts: Pat
         np.testing.assert_allclose(a.targets.dense_logprobs(), b.targets.dense_logprobs(), atol=6e-3)
 
 
+def test_a_row_with_an_empty_completion_is_skipped_and_said(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"prompt": "2 + 2 = ", "completion": completion} for completion in ("4", "", "four")]
+    assert collect(teacher_folder, write_jsonl(tmp_path / "d.jsonl", rows), tmp_path / "x.parquet") == 0
+    assert "3 rows -> 2 samples" in (said := capsys.readouterr().out)
+    assert "1 rows skipped: the completion is empty" in said
+    assert [sample.source_row for sample in logitstore.open(tmp_path / "x.parquet")] == [0, 2]
+    assert collect(teacher_folder, write_jsonl(tmp_path / "d.jsonl", rows[1:2]), tmp_path / "y.parquet") == 2
+    error = capsys.readouterr().err
+    assert "1 rows skipped: the completion is empty); there is nothing to learn in them" in error
+
+
 def test_keep_prompt_stores_every_row(teacher_folder: Path, prompts: Path, tmp_path: Path) -> None:
     assert collect(teacher_folder, prompts, tmp_path / "x.parquet", "--keep-prompt", "--set", "k=5") == 0
     sample = logitstore.open(tmp_path / "x.parquet")[4]
