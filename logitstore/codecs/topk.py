@@ -10,6 +10,7 @@ differences along the rank, which lets zstd see that neighbouring ranks have nei
 Letters: L sequence length, R rows, E entries, N rows given, K entries given, V vocabulary.
 """
 
+import operator
 import os
 import zlib
 from dataclasses import dataclass, replace
@@ -52,8 +53,8 @@ class TopKCodec:
     tail: str = "residual"
 
     def __post_init__(self) -> None:
-        _require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        _require_int("k", self.k, 1, 65535)
+        object.__setattr__(self, "vocab_size", _checked_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE))
+        object.__setattr__(self, "k", _checked_int("k", self.k, 1, 65535))
         if self.head not in HEAD_FORMATS:
             raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
         if self.tail != "residual":
@@ -275,6 +276,12 @@ def offsets_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return offsets
 
 
-def _require_int(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+def _checked_int(name: str, value: Any, least: int, most: int) -> int:
+    """The value as an int, whatever integer type it has (numpy's are no JSON); a bool is none."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
         raise ValueError(f"{name} must be an integer from {least} to {most:,}, got {value!r}")
+    return number
