@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
@@ -36,8 +37,9 @@ _FROM_SCRATCH_LR, _LOADED_LR = 1e-3, 5e-5
 def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """The metrics of the run that `config` asks for; see `logitstore_trainer.train.train`."""
     _check_device(config)
+    reporters = _reporters(config.report_to)
     with _transformers_display_kept():
-        return _run(config, callbacks)
+        return _run(config, [*reporters, *callbacks])
 
 
 def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def _make_trainer(
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         disable_tqdm=True,
         log_level="error",  # its warnings name the tied head as missing from every checkpoint
-        report_to=config.report_to,
+        report_to="none",  # _reporters are among the callbacks
     )
     trainer = DistillationTrainer(
         model=student.model,
@@ -199,6 +201,15 @@ def _transformers_display_kept() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars_on:
             hf_logging.enable_progress_bar()
+
+
+def _reporters(report_to: str) -> list[TrainerCallback]:
+    """transformers' callbacks that --report-to names, made before anything slow. Raises ValueError if it cannot be."""
+    try:
+        return [callback() for callback in get_reporting_integration_callbacks(report_to)]
+    except (ValueError, RuntimeError, ImportError) as error:
+        first_line = str(error).split("\n")[0].rstrip(". ")
+        raise ValueError(f"--report-to {report_to} cannot be used: {first_line}; name another, or none") from None
 
 
 def _check_device(config: TrainConfig) -> None:
