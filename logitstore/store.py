@@ -40,7 +40,7 @@ class LogitStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._shards = [ShardReader(shard_path) for shard_path in _shard_paths(self.path)]
+        self._shards = [ShardReader(shard_path) for shard_path in shard_paths(self.path)]
         _check_completeness(self.path, self._shards)
         self.spec = StoreSpec.from_json(self._shards[0].spec_json)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
@@ -120,7 +120,11 @@ def open(path: str | os.PathLike[str]) -> LogitStore:
     return LogitStore(path)
 
 
-def _shard_paths(path: Path) -> list[Path]:
+def shard_paths(path: Path) -> list[Path]:
+    """The shard files of the store at `path`, in order.
+
+    Raises FileNotFoundError where there is nothing, FormatError for a folder without shards.
+    """
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -369,6 +369,17 @@ def test_verify_of_a_damaged_store_exits_with_1(
     assert main(["verify", str(tmp_path / "absent.parquet")]) == 2
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_verify_of_a_folder_without_shards_exits_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("no shard")
+    assert main(["verify", str(tmp_path), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"logitstore: {tmp_path}: a folder without .parquet files, not a store\n"
+    assert printed.out == ""
+
+
 def test_the_size_of_a_large_data_set_is_extrapolated(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
