@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 import logitstore
 from logitstore_trainer import checkpoints
 from logitstore_trainer.evaluate import evaluate_student
+from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
@@ -94,10 +95,9 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, logitstore.LogitStore]:
     train_set = stores[0] if len(stores) == 1 else torch.utils.data.ConcatDataset(stores)
     eval_set = logitstore.open(config.eval_data) if config.eval_data else None
     if config.eval_fraction:
-        n_eval = max(round(len(train_set) * config.eval_fraction), 1)
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        eval_set = torch.utils.data.Subset(train_set, sorted(order[:n_eval]))
-        train_set = torch.utils.data.Subset(train_set, sorted(order[n_eval:]))
+        split = split_by_source_row(stores, config.eval_fraction, config.seed)
+        eval_set = torch.utils.data.Subset(train_set, split.held_out)
+        train_set = torch.utils.data.Subset(train_set, split.train)
     if len(train_set) == 0:
         raise ValueError(f"{' and '.join(config.data)} leaves no sample to train on")
     return train_set, eval_set, stores[0]
