@@ -423,6 +423,25 @@ def test_a_run_that_failed_before_its_first_group_claims_nothing(
     assert logitstore.open(tmp_path / "x.parquet").spec.codec.k == 5
 
 
+def test_another_generation_config_is_another_collection_of_generated_completions_only(
+    teacher_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    to_complete = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"say {i}"} for i in range(3)])
+    runs = [(to_complete, tmp_path / "generated.parquet", "--generate", "4"), (prompts, tmp_path / "given.parquet")]
+    for run in runs:
+        assert collect(teacher, *run) == 0
+    file = teacher / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 70]}))
+    capsys.readouterr()
+    assert collect(teacher, *runs[0]) == 2
+    assert "generation_config_sha256=" in capsys.readouterr().err
+    assert collect(teacher, *runs[1]) == 0
+    assert "finished already" in capsys.readouterr().out
+    generated, given = (logitstore.open(run[1]).spec for run in runs)
+    assert generated.teacher_sha256 == given.teacher_sha256  # still stores of one teacher
+
+
 def test_generated_completions_stay_within_the_window(teacher_folder: Path, tmp_path: Path) -> None:
     dataset = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x" * n} for n in (3, 20, 28, 29)])
     options = ("--generate", "10", "--max-length", "32")

@@ -84,6 +84,18 @@ def fingerprint(source: TeacherSource) -> str:
     return digest.hexdigest()
 
 
+def generation_config_sha256(source: TeacherSource) -> str | None:
+    """Returns the SHA-256 (hex) of generation_config.json, which says where a completion that the teacher writes ends.
+
+    None where there is none, and on the hub, whose commit the fingerprint has. It is no part of the fingerprint: stores
+    of one teacher belong together, whoever wrote their texts.
+    """
+    file = Path(source.location) / "generation_config.json"
+    if source.revision or not file.is_file():
+        return None
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def teacher_fingerprint(name: str) -> str:
     """Returns fingerprint(locate_teacher(name)); the weights are not loaded."""
     return fingerprint(locate_teacher(name))
