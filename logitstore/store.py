@@ -42,7 +42,7 @@ class LogitStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._shards = [ShardReader(shard_path) for shard_path in _shard_paths(self.path)]
+        self._shards = [ShardReader(shard_path) for shard_path in shard_paths(self.path)]
         _check_completeness(self.path, self._shards)
         spec = StoreSpec.from_json(self._shards[0].spec_json)
         self.spec = replace(spec, codec=codec_with_tables_at_hand(spec.codec, tables_path(self.path)))
@@ -127,7 +127,11 @@ def open(path: str | os.PathLike[str]) -> LogitStore:
     return LogitStore(path)
 
 
-def _shard_paths(path: Path) -> list[Path]:
+def shard_paths(path: Path) -> list[Path]:
+    """The shard files of the store at `path`, in order.
+
+    Raises FileNotFoundError where there is nothing, FormatError for a folder without shards.
+    """
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -12,6 +12,7 @@ above, plus 4 for the moments and 4 for an int8 row's scale and offset.
 Letters: L sequence length, R rows, N rows given, K entries given, V vocabulary.
 """
 
+import operator
 import os
 import zlib
 from collections.abc import Iterable
@@ -63,8 +64,8 @@ class TopKCodec:
     tables: CodecTables | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        _require_int("k", self.k, 1, 65535)
+        object.__setattr__(self, "vocab_size", _checked_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE))
+        object.__setattr__(self, "k", _checked_int("k", self.k, 1, 65535))
         if self.tail != "residual":
             raise ValueError(f"tail must be 'residual' in this version, got {self.tail!r}")
         _ = self._format, self._selection
@@ -259,6 +260,12 @@ class TopKCodec:
         save_codec(self, folder)
 
 
-def _require_int(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+def _checked_int(name: str, value: Any, least: int, most: int) -> int:
+    """The value as an int, whatever integer type it has (numpy's are no JSON); a bool is none."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
         raise ValueError(f"{name} must be an integer from {least} to {most:,}, got {value!r}")
+    return number

@@ -291,6 +291,14 @@ def test_codec_round_trips_through_a_folder(tmp_path) -> None:
         logitstore.load_codec(tmp_path / "codec")
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint16, np.array])
+def test_integers_of_any_type_are_taken_as_ints(integer) -> None:
+    codec = logitstore.make_codec("topk", vocab_size=integer(1234), k=integer(7))
+    assert codec == logitstore.make_codec("topk", vocab_size=1234, k=7)
+    assert json.loads(json.dumps(codec.config)) == codec.config
+    assert [type(codec.config[name]) for name in ("vocab_size", "k")] == [int, int]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -308,6 +316,11 @@ def test_codec_round_trips_through_a_folder(tmp_path) -> None:
         ({"k": 0}, "k must be an integer from 1 to 65,535, got 0"),
         ({"k": 65536}, "k must be an integer from 1 to 65,535, got 65536"),
         ({"k": 2.0}, "k must be an integer"),
+        ({"k": np.float32(2)}, "k must be an integer"),
+        ({"k": True}, "k must be an integer from 1 to 65,535, got True"),
+        ({"k": np.bool_(True)}, "k must be an integer"),
+        ({"k": np.array([4])}, "k must be an integer"),
+        ({"k": np.int64(0)}, "k must be an integer from 1"),
         ({"vocab_size": 0}, "vocab_size must be an integer from 1"),
         ({"vocab_size": (1 << 24) + 1}, "16,777,216"),
     ],
