@@ -1,14 +1,18 @@
-"""How the log-probs of the kept tokens become bytes: fp8, int8 and fp16.
+"""How the log-probs of the kept tokens become bytes: fp8, int8, fp16, log and sqrtp.
 
 Every one-byte format reads logp = scale * table[code] + offset with a table of 256 numbers, so a kernel needs to know
 tables and not formats. fp8 is e4m3 of log p itself (3 mantissa bits: a relative error of 1/16 of log p at most);
 int8 counts steps down from the row's greatest entry, with a scale and an offset a row (error: half a step of the
-row's range / 255); fp16 is two bytes (relative error 2^-11). What quantisation does to a row's total mass does not
-matter: the head is shifted to 1 - tail mass wherever a row is used.
+row's range / 255); fp16 is two bytes (relative error 2^-11). log and sqrtp have one step for all rows, which is what
+makes their codes cheap to entropy code: log counts steps of log p down from the row's first entry, whose own value
+follows from the tail's mass and is not stored; sqrtp counts steps of sqrt(p), in which equal errors cost equal KL
+(KL = 2 * sum of the squared errors of sqrt(p), to second order). What quantisation does to a row's total mass does
+not matter: the head is shifted to 1 - tail mass wherever a row is used.
 
 Letters: R rows, E entries.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,7 +35,13 @@ class QuantisedHead(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadFormat:
-    """One way of storing head log-probs. `table` [256] float32 for the one-byte formats, None for fp16."""
+    """One way of storing head log-probs. `table` [256] float32 for the one-byte formats, None for fp16.
+
+    has_row_scale: scale and offset are stored for each row. derives_offset: a row's offset is not stored, but is what
+    makes the head's mass 1 - tail mass. reach_nats: entries further below a row's first cannot be said.
+    least_logp: entries of less probability cannot be said. Both go to the tail. descends: codes fall along a row, from
+    `base` down; otherwise they rise from it.
+    """
 
     name: str
     code_bytes: int
@@ -39,24 +49,16 @@ class HeadFormat:
     table: NDArray[np.float32] | None
     quantise: Callable[[NDArray[np.float32], NDArray[np.int64]], QuantisedHead]
     error_bound: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]]
+    derives_offset: bool = False
+    reach_nats: float = math.inf
+    least_logp: float = LEAST_LOGP
+    descends: bool = False
+    base: int = 0
 
     @property
     def code_type(self) -> type[np.uint8] | type[np.uint16]:
         """The numpy type of a code."""
         return np.uint8 if self.code_bytes == 1 else np.uint16
-
-    def decode(
-        self,
-        codes_E: NDArray,
-        counts_R: NDArray[np.int64],
-        scale_R: NDArray[np.float32] | None = None,
-        offset_R: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
-        """The log-probs [E] that codes of ragged rows with counts_R entries stand for."""
-        if self.table is None:
-            return codes_E.view(np.float16).astype(np.float32)
-        scale_E, offset_E = (None if a is None else np.repeat(a, counts_R) for a in (scale_R, offset_R))
-        return decode_one_byte(codes_E, self.table, scale_E, offset_E)
 
 
 def _e4m3_table() -> NDArray[np.float32]:
@@ -146,8 +148,72 @@ def _fp16_bound(logps: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArr
     return np.maximum(np.abs(logps.astype(np.float64)) * 2.0**-11, 2.0**-25)
 
 
+def _log_format(step: float) -> HeadFormat:
+    """Steps of `step` nats down from the row's first entry, 255 at most."""
+
+    def quantise(logps: NDArray[np.float32], offsets: NDArray[np.int64]) -> QuantisedHead:
+        counts = np.diff(offsets)
+        first_E = np.repeat(logps[offsets[:-1][counts > 0]], counts[counts > 0])
+        codes = np.clip(np.rint((first_E - logps) / np.float32(step)), 0, 255).astype(np.uint8)
+        return QuantisedHead(table[codes], codes, None, None)
+
+    def error_bound(logps: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+        # half a step of its own, and half a step of the others through the offset
+        return np.full(len(logps), step + 2e-3)
+
+    table = (-step * np.arange(256)).astype(np.float32)
+    return HeadFormat("log", 1, False, table, quantise, error_bound, derives_offset=True, reach_nats=255.4 * step)
+
+
+def _sqrtp_format(step: float) -> HeadFormat:
+    """sqrt(p) in whole steps, 1 to 255; the least p is a quarter of a step squared."""
+
+    def quantise(logps: NDArray[np.float32], offsets: NDArray[np.int64]) -> QuantisedHead:
+        codes = np.clip(np.rint(np.exp(logps.astype(np.float64) / 2) / step), 1, 255).astype(np.uint8)
+        return QuantisedHead(table[codes], codes, None, None)
+
+    def error_bound(logps: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+        root = np.exp(logps.astype(np.float64) / 2)
+        above, below = (np.maximum(root + side, step) for side in (step / 2, -step / 2))
+        return 2 * np.log(np.maximum(above / root, root / np.minimum(below, root))) + 1e-5
+
+    with np.errstate(divide="ignore"):
+        table = np.minimum(2 * np.log(step * np.arange(256)), 0).astype(np.float32)
+    return HeadFormat(
+        "sqrtp",
+        1,
+        False,
+        table,
+        quantise,
+        error_bound,
+        least_logp=2 * math.log(step / 2) + 1e-6,
+        descends=True,
+        base=min(round(1 / step), 255),
+    )
+
+
 HEAD_FORMATS = {
-    "fp8": HeadFormat("fp8", 1, False, E4M3_TABLE, _quantise_fp8, _fp8_bound),
-    "int8": HeadFormat("int8", 1, True, INT8_TABLE, _quantise_int8, _int8_bound),
-    "fp16": HeadFormat("fp16", 2, False, None, _quantise_fp16, _fp16_bound),
+    "fp8": HeadFormat("fp8", 1, False, E4M3_TABLE, _quantise_fp8, _fp8_bound, base=128),
+    "int8": HeadFormat("int8", 1, True, INT8_TABLE, _quantise_int8, _int8_bound, descends=True, base=255),
+    "fp16": HeadFormat("fp16", 2, False, None, _quantise_fp16, _fp16_bound, base=32768),
 }
+STEPPED_FORMATS = {"log": (_log_format, 0.25, 1 / 16, 4.0), "sqrtp": (_sqrtp_format, 1 / 64, 1 / 255, 1 / 4)}
+HEADS = (*HEAD_FORMATS, *STEPPED_FORMATS)
+
+
+def head_format(name: str, step: float | None = None) -> HeadFormat:
+    """The format of that name; step: of "log" in nats (1/4 if None), of "sqrtp" in sqrt(p) (1/64 if None).
+
+    Raises ValueError for another name, a step where there is none to choose, or one outside the format's range.
+    """
+    if name in HEAD_FORMATS:
+        if step is not None:
+            raise ValueError(f"head {name!r} has no step to choose; {' and '.join(STEPPED_FORMATS)} have one")
+        return HEAD_FORMATS[name]
+    if name not in STEPPED_FORMATS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}")
+    make, default, least, most = STEPPED_FORMATS[name]
+    step = default if step is None else step
+    if not isinstance(step, int | float) or isinstance(step, bool) or not least <= step <= most:
+        raise ValueError(f"head_step of {name!r} must be from {least:.4g} to {most:g}, got {step!r}")
+    return make(float(step))

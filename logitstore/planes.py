@@ -76,6 +76,10 @@ class PlaneReader:
             values |= self.take("u1", count).astype(dtype) << dtype(8 * byte)
         return values
 
+    def take_rest(self) -> NDArray[np.uint8]:
+        """All bytes that are left, a read-only view."""
+        return self.take("u1", len(self._payload) - self._position)
+
     def finish(self) -> None:
         """Raises CorruptionError where something is left over."""
         if self._position != len(self._payload):

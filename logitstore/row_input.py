@@ -158,22 +158,6 @@ def _refuse(faults: dict[str, NDArray[np.bool_]]) -> None:
             raise ValueError(f"row {rows[0]} of the given rows has {what}")
 
 
-def moved_to_tail(given: GivenRows, k: int) -> GivenRows:
-    """The rows with k entries at most: later ones, and those that float32 cannot hold, become part of the tail."""
-    entry_NK = given.ids >= 0
-    keep_NK = entry_NK & (np.arange(given.ids.shape[1]) < k) & (given.logps >= LEAST_LOGP)
-    moved_NK = entry_NK & ~keep_NK
-    if not moved_NK.any():
-        return given
-    logps = np.where(moved_NK, given.logps, -np.inf).astype(np.float64)
-    return GivenRows(
-        np.where(keep_NK, given.ids, -1),
-        given.logps,
-        np.logaddexp(given.tail_logmass, np.logaddexp.reduce(logps, axis=1)).astype(np.float32),
-        np.logaddexp(given.tail_logmoment_half, np.logaddexp.reduce(logps / 2, axis=1)).astype(np.float32),
-    )
-
-
 def as_numpy(array: Any) -> NDArray:
     """A numpy view or copy of an array-like or torch tensor."""
     if hasattr(array, "detach"):

@@ -7,17 +7,19 @@ access, verified, safe under fork, spawn and threads, and in any order; a torch 
 import builtins
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.codecs.registry import codec_with_tables_at_hand, tables_file_name
 from logitstore.errors import CorruptionError, FormatError, LogitStoreError, SpecMismatchError
 from logitstore.shard_reader import ShardReader
 from logitstore.shard_writer import StoredSample
 from logitstore.spec import StoreSpec
-from logitstore.tables import checked_tokenizer_folder
+from logitstore.tables import checked_tokenizer_folder, tables_path
 from logitstore.targets import TeacherTargets
 
 if TYPE_CHECKING:
@@ -40,9 +42,10 @@ class LogitStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._shards = [ShardReader(shard_path) for shard_path in _shard_paths(self.path)]
+        self._shards = [ShardReader(shard_path) for shard_path in shard_paths(self.path)]
         _check_completeness(self.path, self._shards)
-        self.spec = StoreSpec.from_json(self._shards[0].spec_json)
+        spec = StoreSpec.from_json(self._shards[0].spec_json)
+        self.spec = replace(spec, codec=codec_with_tables_at_hand(spec.codec, tables_path(self.path)))
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
@@ -68,8 +71,12 @@ class LogitStore:
 
     def decoded(self, stored: StoredSample, where: str) -> Sample:
         """The sample of which read_stored gave this. Raises CorruptionError naming its place."""
+        codec = self.spec.codec
+        if codec.tables_sha256 is not None and codec.tables is None:
+            path = tables_path(self.path) / tables_file_name(codec.tables_sha256)
+            raise SpecMismatchError(f"{self.path} is coded with tables that are missing: copy {path} along with it")
         try:
-            targets = self.spec.codec.decode(stored.blob, stored.input_ids)
+            targets = codec.decode(stored.blob, stored.input_ids)
         except (LogitStoreError, ValueError) as error:
             raise CorruptionError(f"{where}: {error}") from None
         return Sample(stored.sample_id, stored.source_row, stored.input_ids, stored.loss_mask, targets)
@@ -120,7 +127,11 @@ def open(path: str | os.PathLike[str]) -> LogitStore:
     return LogitStore(path)
 
 
-def _shard_paths(path: Path) -> list[Path]:
+def shard_paths(path: Path) -> list[Path]:
+    """The shard files of the store at `path`, in order.
+
+    Raises FileNotFoundError where there is nothing, FormatError for a folder without shards.
+    """
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -1,7 +1,8 @@
 """What a store shares between its shards, in the sibling folder `x.parquet.tables/`.
 
-So far that is the tokenizer's files, which let `logitstore head` print text. A folder in it is named by the SHA-256
-of what it holds, so that it cannot be confused with another, and is checked before it is used.
+That is a fitted codec's tables, `<sha256>.safetensors` (see codec_tables.py), and the tokenizer's files,
+`<sha256>.tokenizer/`, which let `logitstore head` print text. What is in it is named by the SHA-256 of what it holds,
+so that it cannot be confused with another, and is checked before it is used.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitstore.errors import LogitStoreError
 from logitstore.label_shift import LabelShift
-from logitstore.store import LogitStore
+from logitstore.store import LogitStore, shard_paths
 from logitstore.store import open as open_store
 
 MAX_FAULTS = 100
@@ -37,8 +37,10 @@ class VerifyReport:
 def verify(path: str | os.PathLike[str], on_sample: Callable[[], None] | None = None) -> VerifyReport:
     """The report on the store at `path`; a store that does not even open is a report with that one fault.
 
-    on_sample is called after each sample. Raises FileNotFoundError where there is nothing at `path`.
+    on_sample is called after each sample. Raises FileNotFoundError where there is nothing at `path`, FormatError for a
+    folder without shards: there is no store whose faults could be told.
     """
+    shard_paths(Path(path))
     try:
         store = open_store(path)
     except LogitStoreError as error:

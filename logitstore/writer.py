@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from logitstore.codecs.registry import write_tables
 from logitstore.errors import CorruptionError
 from logitstore.row_input import as_numpy, checked_input_ids
 from logitstore.shard_index import ShardIndex, same_index
 from logitstore.shard_reader import ShardReader
 from logitstore.shard_writer import GROUP_BYTES, GROUP_SAMPLES, StoredSample, sync_folder, write_shard
 from logitstore.spec import StoreSpec, require_same_spec
+from logitstore.tables import tables_path
 from logitstore.targets import TeacherTargets
 from logitstore.work_folder import WorkFolder
 
@@ -64,6 +66,7 @@ class StoreWriter:
             raise ValueError(f"shard_samples must be at least 1 or None, got {shard_samples}")
         self.path, self.spec, self.shard_samples = path, spec, shard_samples
         self._refuse_finished_store()
+        write_tables(spec.codec, tables_path(path))
         self._work = WorkFolder.claim(path, spec, shard_samples, resume=resume)
         try:
             # a resumed store keeps the names that its first run gave to teacher and data set

@@ -84,7 +84,8 @@ def prompts_and_completions(path: Path) -> list[str]:
     """Prompt and completion of each row, a line apart, in an order that is none of the file's."""
     if not path.is_file():
         raise FileNotFoundError(f"no text at {path}; name its folder with --data")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     texts = [f"{row['prompt']}\n{row['completion']}" for row in rows]
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 

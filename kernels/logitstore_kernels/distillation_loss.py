@@ -59,6 +59,8 @@ def distillation_loss(
             the KL to the whole teacher; the value's lies above that KL by an amount that is the same for every student.
     reduction: "none" gives [N] (0 in rows that do not count), "sum" their sum, "mean" the sum over the number of rows
         that count, or over num_items_in_batch (int or one-element tensor) where that is given. The mean of no row is 0.
+    num_items_in_batch: an int must be positive. A tensor, whose value is not read, may be 0, as it is for an optimizer
+        step whose every label is ignored; then no row counts, not even one with a label, which such a count rules out.
     inplace: True writes the gradient over student_logits_NV (mutates it; its version counter moves on) and saves a
         tensor of that size; only where a gradient is wanted. The logits must not be used again.
 
@@ -66,8 +68,9 @@ def distillation_loss(
     again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
-    t.vocab_size, a temperature other than 1 without t.tail_logmoment_half_N (except for "renormalised") or with
-    "sampled", a tail for which the TeacherBatch has no data, and on a CPU a label outside the vocabulary.
+    t.vocab_size, a temperature other than 1 with "sampled" or without t.tail_logmoment_half_N (neither at alpha 0, the
+    latter not for "renormalised"), a tail for which the TeacherBatch has no data, and on a CPU a label outside the
+    vocabulary.
     """
     return _loss_parts(
         student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
@@ -91,7 +94,8 @@ def distillation_loss_parts(
 
     kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats. Both are reduced as the
     loss is (mean or sum over the same rows with the same denominator, or [N] for "none"), come from the same pass, are
-    detached and stay on the device: read them when you log. Both are computed even where their weight is 0.
+    detached and stay on the device: read them when you log. Both are computed even where their weight is 0, so the
+    half moment is needed at alpha 0, too.
     """
     return _loss_parts(
         student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
@@ -117,8 +121,9 @@ def _loss_parts(
     check_arguments(
         student_logits_NW, teacher, labels_N, temperature=temperature, alpha=alpha, tail=tail,
         ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
+        kl_wanted=kl_wanted,
     )  # fmt: skip
-    counted_N = counted_rows(labels_N, teacher, ignore_index)
+    counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
     weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW))
     rows = chunked_loss_rows(
         student_logits_NW,

@@ -48,8 +48,12 @@ def check_arguments(
     ignore_index: int,
     reduction: str,
     num_items_in_batch: int | Tensor | None,
+    kl_wanted: bool,
 ) -> None:
-    """Raise TypeError or ValueError, saying what was got and expected, unless the loss can be computed."""
+    """Raise TypeError or ValueError, saying what was got and expected, unless the loss can be computed.
+
+    Where the KL is not wanted, the teacher need not have what only its temperature asks for.
+    """
     _check_tensors(student_logits_NW, teacher, labels_N)
     if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
@@ -59,7 +63,9 @@ def check_arguments(
         raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] (alpha weighs T^2 * KL, 1 - alpha cross-entropy), got {alpha}")
-    _check_tail(tail, teacher, temperature)
+    _check_tail(tail, teacher)
+    if kl_wanted:
+        _check_temperature_of_tail(tail, teacher, temperature)
     _check_reduction(reduction, num_items_in_batch)
     if labels_N.device.type == "cpu":
         bad_N = (labels_N != ignore_index) & ((labels_N < 0) | (labels_N >= teacher.vocab_size))
@@ -104,12 +110,15 @@ def _check_tensors(student_logits_NW: Tensor, teacher: TeacherBatch, labels_N: T
         )
 
 
-def _check_tail(tail: str, teacher: TeacherBatch, temperature: float) -> None:
+def _check_tail(tail: str, teacher: TeacherBatch) -> None:
     if tail not in _WHY_IMPOSSIBLE:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
     possible = ("sampled",) if teacher.is_sampled else TAILS_OF_TOPK
     if tail not in possible:
         raise ValueError(f"tail={tail!r} is impossible: {_WHY_IMPOSSIBLE[tail]}; use one of {', '.join(possible)}")
+
+
+def _check_temperature_of_tail(tail: str, teacher: TeacherBatch, temperature: float) -> None:
     if tail == "sampled" and temperature != 1:
         raise ValueError(
             f"tail='sampled' needs temperature=1, got {temperature}: samples are unbiased at the temperature at which "
@@ -145,9 +154,17 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def counted_rows(labels_N: Tensor, teacher: TeacherBatch, ignore_index: int) -> Tensor:
-    """[N] bool, True where the row counts: its label is not ignore_index and the teacher row is present."""
-    return (labels_N != ignore_index) & teacher.present_N
+def counted_rows(
+    labels_N: Tensor, teacher: TeacherBatch, ignore_index: int, num_items_in_batch: int | Tensor | None
+) -> Tensor:
+    """[N] bool, True where the row counts: its label is not ignore_index and the teacher row is present.
+
+    A num_items_in_batch tensor that holds 0 says that no row counts, and then none does.
+    """
+    counted_N = (labels_N != ignore_index) & teacher.present_N
+    if isinstance(num_items_in_batch, Tensor):
+        counted_N &= num_items_in_batch.to(counted_N.device).reshape(()) != 0
+    return counted_N
 
 
 def row_weight(
@@ -155,13 +172,14 @@ def row_weight(
 ) -> Tensor:
     """What the reduction multiplies each row with, a 0-axis tensor on the rows' device: 1, or 1 / denominator.
 
-    The mean of no counted row at all is 0, not 0 / 0.
+    The mean of no counted row at all is 0, not 0 / 0: where the denominator is 0, so is every row.
     """
     if reduction != "mean":
         return torch.ones((), dtype=dtype, device=counted_N.device)
     if num_items_in_batch is None:
         return counted_N.sum().clamp(min=1).to(dtype).reciprocal()
-    return torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype).reciprocal()
+    n_items = torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype)
+    return n_items.masked_fill(n_items == 0, 1).reciprocal()
 
 
 def reduce_rows(loss_N: Tensor, kl_N: Tensor, ce_N: Tensor, weight: Tensor, reduction: str) -> DistillationLossParts:

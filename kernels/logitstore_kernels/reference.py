@@ -37,9 +37,10 @@ def distillation_loss_reference(
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
     """alpha * T^2 * KL(p || q) + (1 - alpha) * CE, differentiable any number of times; see distillation_loss."""
-    return distillation_loss_parts_reference(
-        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch
-    ).loss
+    return _loss_parts(
+        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
+        kl_wanted=alpha != 0,
+    ).loss  # fmt: skip
 
 
 def distillation_loss_parts_reference(
@@ -54,18 +55,38 @@ def distillation_loss_parts_reference(
     num_items_in_batch: int | Tensor | None = None,
 ) -> DistillationLossParts:
     """The loss with its two parts; arguments, values and errors as in distillation_loss_parts."""
+    return _loss_parts(
+        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
+        kl_wanted=True,
+    )  # fmt: skip
+
+
+def _loss_parts(
+    student_logits_NV: Tensor,
+    t: TeacherBatch,
+    labels_N: Tensor,
+    temperature: float,
+    alpha: float,
+    tail: str,
+    ignore_index: int,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    *,
+    kl_wanted: bool,
+) -> DistillationLossParts:
     check_arguments(
         student_logits_NV, t, labels_N, temperature=temperature, alpha=alpha, tail=tail, ignore_index=ignore_index,
-        reduction=reduction, num_items_in_batch=num_items_in_batch,
+        reduction=reduction, num_items_in_batch=num_items_in_batch, kl_wanted=kl_wanted,
     )  # fmt: skip
     dtype = compute_dtype(student_logits_NV)
-    counted_N = counted_rows(labels_N, t, ignore_index)
+    counted_N = counted_rows(labels_N, t, ignore_index, num_items_in_batch)
     # Selecting before computing is what keeps NaN logits of an uncounted row out of value and gradient.
     logits_NV = torch.where(counted_N[:, None], student_logits_NV[:, : t.vocab_size].to(dtype), 0)
     label_N = torch.where(counted_N, labels_N, 0).long()
-    kl_N = torch.where(counted_N, _kl_rows(logits_NV / temperature, t, temperature, tail), 0)
     ce_N = torch.where(counted_N, -logits_NV.log_softmax(dim=1).gather(1, label_N[:, None])[:, 0], 0)
-    loss_N = torch.zeros_like(ce_N)
+    kl_N = loss_N = torch.zeros_like(ce_N)
+    if kl_wanted:
+        kl_N = torch.where(counted_N, _kl_rows(logits_NV / temperature, t, temperature, tail), 0)
     if alpha > 0:  # skipped, not multiplied by 0: an unused term may be infinite
         loss_N = loss_N + alpha * temperature**2 * kl_N
     if alpha < 1:

@@ -3,6 +3,7 @@
 Letters: R rows, L sequence length.
 """
 
+import operator
 import zlib
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.blob import BlobHeader, check_header, input_ids_crc32, unpack_blob
+from logitstore.codec_tables import CodecTables
 from logitstore.codecs.interface import Codec
 from logitstore.errors import CorruptionError, SpecMismatchError
 from logitstore.fingerprint import canonical_json
@@ -19,10 +21,31 @@ from logitstore.targets import TeacherTargets
 MAX_VOCAB_SIZE = 1 << 24
 
 
-def require_int(name: str, value: Any, least: int, most: int) -> None:
-    """Raises ValueError for an option that is not an integer from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+_BYTES_OF_BLOB = 64  # more than a layout stores once, whatever its rows
+
+
+def require_int(name: str, value: Any, least: int, most: int) -> int:
+    """An option as an int, whatever integer type it has (numpy's are no JSON); a bool is none.
+
+    Raises ValueError for one that is not an integer from `least` to `most`.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
         raise ValueError(f"{name} must be an integer from {least} to {most:,}, got {value!r}")
+    return number
+
+
+def require_tables(codec: Codec) -> CodecTables:
+    """The tables of a fitted codec. Raises SpecMismatchError where they are not at hand."""
+    if codec.tables is None:
+        raise SpecMismatchError(
+            f"codec needs its tables {codec.tables_sha256}: open the store beside its .tables folder, or use "
+            "logitstore.load_codec on the folder that codec.save wrote"
+        )
+    return codec.tables
 
 
 def expected_header(codec: Codec, tokens: NDArray[np.int32], *, n_present: int = 0, n_entries: int = 0) -> BlobHeader:
@@ -44,22 +67,27 @@ def opened_blob(codec: Codec, blob: bytes | memoryview, tokens: NDArray[np.int32
     Raises FormatError, CorruptionError or SpecMismatchError.
     """
     expected = expected_header(codec, tokens)
-    header, payload = unpack_blob(blob, max_payload_bytes=expected.n_rows * codec.max_row_bytes)
+    header, payload = unpack_blob(blob, max_payload_bytes=_BYTES_OF_BLOB + expected.n_rows * codec.max_row_bytes)
     check_header(header, expected)
     return header, PlaneReader(payload)
 
 
 def taken_counts(planes: PlaneReader, header: BlobHeader, dtype: str, *, max_entries: int) -> NDArray[np.int64]:
-    """The next plane, which holds the entries of each row [R]; what follows may be allocated from it.
-
-    Raises CorruptionError where the counts are not those of the header, or above max_entries.
-    """
+    """The next plane, which holds the entries of each row [R], checked."""
     counts = planes.take(dtype, header.n_rows).astype(np.int64)
+    check_counts(counts, header, max_entries=max_entries)
+    return counts
+
+
+def check_counts(counts: NDArray[np.int64], header: BlobHeader, *, max_entries: int) -> None:
+    """Raises CorruptionError where the entries of the rows [R] are not those of the header, or above max_entries.
+
+    What follows may be allocated from them.
+    """
     if counts.sum() != header.n_entries or np.count_nonzero(counts) != header.n_present:
         raise CorruptionError(f"row counts add up to {counts.sum()} entries, the header says {header.n_entries}")
     if counts.max(initial=0) > max_entries:
         raise CorruptionError(f"a row has {counts.max()} entries, the codec keeps {max_entries} at most")
-    return counts
 
 
 def check_targets(codec: Codec, targets: TeacherTargets, tokens: NDArray[np.int32], *, max_entries: int) -> None:

@@ -43,13 +43,21 @@ class Case(NamedTuple):
 
 
 def variants(codec: Codec) -> Iterator[Codec]:
-    """The codec, itself with k = 1 where it has an option k, and itself at each of VOCAB_SIZES. For codecs that are
-    made of their options alone; one that is fitted has to be fitted for each vocabulary and passed to check_codec."""
+    """The codec, itself with k = 1 where it has an option k, and itself at each of VOCAB_SIZES. Those of a fitted codec
+    are fitted to the rows of `cases`."""
+    options = {name: value for name, value in codec.config.items() if name != "tables"}
+    changes = [{"k": 1}] if "k" in options else []
+    changes += [{"vocab_size": vocab_size} for vocab_size in VOCAB_SIZES]
     yield codec
-    if "k" in codec.config:
-        yield make_codec(**{**codec.config, "k": 1})
-    for vocab_size in VOCAB_SIZES:
-        yield make_codec(**{**codec.config, "vocab_size": vocab_size})
+    for change in changes:
+        variant = make_codec(**{**options, **change})
+        yield variant if codec.tables_sha256 is None else fitted(variant)
+
+
+def fitted(codec: Codec) -> Codec:
+    """The codec calibrated on the rows of `cases`; itself where nothing of it is fitted."""
+    samples = [(case.logits, case.input_ids, case.keep_mask) for case in cases(codec.vocab_size)]
+    return codec.calibrated(samples)
 
 
 def require_same(got: Any, expected: Any, what: str) -> None:
@@ -114,7 +122,7 @@ def check_round_trip(codec: Codec) -> None:
 
 def check_determinism(codec: Codec) -> None:
     """The same logits, text and codec give the same targets and bytes, from the caller's or other memory."""
-    again = make_codec(**codec.config) if _is_made_of_options(codec) else codec
+    again = _made_again(codec)
     for case in cases(codec.vocab_size):
         before = case.logits.copy()
         targets = _targets(codec, case)
@@ -244,15 +252,21 @@ def check_bindings(codec: Codec) -> None:
 
 
 def check_config(codec: Codec) -> None:
-    """config is JSON that names the codec, and save and load_codec give the codec back."""
+    """config is JSON that names the codec and its tables, and save and load_codec give the codec back with them."""
     config = codec.config
     _require(json.loads(canonical_json(config)) == config, f"config {config} is not made of JSON values")
     _require(config.get("vocab_size") == codec.vocab_size, "config has another vocab_size")
-    if _is_made_of_options(codec):
-        _require(make_codec(**json.loads(json.dumps(config))) == codec, "make_codec(**config) is another codec")
+    _require(_made_again(codec) == codec, "make_codec(**config) is another codec")
+    _require(config.get("tables") == codec.tables_sha256, "config names other tables than the codec has")
     with tempfile.TemporaryDirectory() as folder:
         codec.save(folder)
-        _require(load_codec(folder).config == config, "load_codec gives another configuration than was saved")
+        loaded = load_codec(folder)
+    _require(loaded.config == config, "load_codec gives another configuration than was saved")
+    if codec.tables is not None:
+        same = loaded.tables is not None and loaded.tables.sha256 == codec.tables.sha256
+        _require(same, "load_codec gives a codec without its tables")
+        case, blob = _small(codec)
+        require_same(loaded.decode(blob, case.input_ids), codec.decode(blob, case.input_ids), "what it loaded decodes")
     _require(codec.tail in ("residual", "sampled", "predicted"), f"tail {codec.tail!r} is none that a loss is for")
 
 
@@ -280,10 +294,10 @@ def _small(codec: Codec) -> tuple[Case, bytes]:
     return case, codec.encode(_targets(codec, case), case.input_ids)
 
 
-def _is_made_of_options(codec: Codec) -> bool:
-    """Whether nothing of the codec was fitted, as far as its fields tell."""
-    options = {field.name for field in dataclasses.fields(codec)}
-    return options <= set(codec.config)
+def _made_again(codec: Codec) -> Codec:
+    """The codec that its configuration, gone through JSON, and its tables make."""
+    again = make_codec(**json.loads(json.dumps(codec.config)))
+    return again if codec.tables is None else again.with_tables(codec.tables)
 
 
 def _require(holds: bool, message: str) -> None:

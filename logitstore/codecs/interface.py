@@ -6,17 +6,30 @@ conformance.check_codec. Its targets_from_logits must hand out what decode(encod
 """
 
 import os
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
+from logitstore.codec_tables import CodecTables
 from logitstore.targets import TeacherTargets
 
 
 class Codec(Protocol):
     """codec_id: the number in its blobs' headers. tail: what it says of the tokens that it does not keep, "residual"
     or "sampled", from which trainers choose their loss. config: its options as JSON values, with its `name`;
-    make_codec(**config) makes it again. max_row_bytes: bytes of its largest row before compression."""
+    make_codec(**config) makes it again. max_row_bytes: bytes of its largest row before compression.
 
-    codec_id: ClassVar[int]
+    tables_sha256: hash of the tables that it was fitted with, which config names as `tables`; None where nothing is
+    fitted. tables: these where they are at hand; without them it can neither encode nor decode.
+    """
+
+    @property
+    def codec_id(self) -> int: ...
+
+    @property
+    def tables_sha256(self) -> str | None: ...
+
+    @property
+    def tables(self) -> CodecTables | None: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -30,8 +43,12 @@ class Codec(Protocol):
     @property
     def max_row_bytes(self) -> int: ...
 
-    def calibrated(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> "Codec":
-        """The codec fitted to a sample; itself where nothing of it is fitted."""
+    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "Codec":
+        """The codec fitted to samples of (logits, input_ids, keep_mask or None); itself where nothing is fitted."""
+        ...
+
+    def with_tables(self, tables: CodecTables) -> "Codec":
+        """The codec with its tables at hand. Raises ValueError for others than it names."""
         ...
 
     def targets_from_logits(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> TeacherTargets:

@@ -48,9 +48,9 @@ class RSKDCodec(SampledCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        require_int("draws", self.draws, 1, 255)
-        require_int("seed", self.seed, 0, MAX_SEED)
+        object.__setattr__(self, "vocab_size", require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE))
+        object.__setattr__(self, "draws", require_int("draws", self.draws, 1, 255))
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, MAX_SEED))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -10,11 +10,13 @@ Letters: L sequence length, N rows given, K entries given, U uniforms a row, V v
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.codec_tables import CodecTables
 from logitstore.logits_source import CHUNK_BYTES, iter_logit_chunks
 from logitstore.row_input import GivenSamples, check_logit_rows, checked_input_ids, checked_keep_mask, checked_samples
 from logitstore.sampling import SampledRows, probabilities, row_uniforms
@@ -29,6 +31,8 @@ class SampledCodec(ABC):
     """Base of the codecs that sample; subclasses are frozen dataclasses with vocab_size and seed among their fields."""
 
     tail: ClassVar[str] = "sampled"
+    tables_sha256: ClassVar[None] = None
+    tables: ClassVar[None] = None
     vocab_size: int
     seed: int
 
@@ -49,9 +53,13 @@ class SampledCodec(ABC):
     def _targets_of(self, given: GivenSamples, tokens: NDArray[np.int32], keep: NDArray[np.bool_]) -> TeacherTargets:
         """The targets of checked samples, quantised."""
 
-    def calibrated(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> "SampledCodec":
+    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "SampledCodec":
         """The codec itself: nothing of it is fitted."""
         return self
+
+    def with_tables(self, tables: CodecTables) -> NoReturn:
+        """Raises ValueError: it names no tables."""
+        raise ValueError(f"{type(self).__name__} has nothing that is fitted, and no tables")
 
     def targets_from_logits(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> TeacherTargets:
         """A sample of softmax(logits), a function of logits, seed and text: decode(encode(targets)) equals it bit for

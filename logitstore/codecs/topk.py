@@ -1,67 +1,85 @@
-"""The top-k codec: the k most probable tokens of a row with quantised log-probs, and two moments of the tail.
+"""The top-k codec: the most probable tokens of a row with quantised log-probs, and two moments of the tail.
 
 It gives up where in the tail the rest of the mass lies: read back, the tail is uniform. The mass itself is kept, to
-2e-7 nats, at T = 1 and T = 2. Bytes a token before zstd: k * (2 + value bytes) for a vocabulary up to 65,536 and
-k * (3 + value bytes) above, plus 4 for the moments and 4 for an int8 row's scale and offset.
+2e-7 nats, at T = 1 and T = 2. How many tokens a row keeps is fixed (k), or follows from the row: those with
+p >= min_prob, or the first ones that hold a mass of top_p, k at most.
 
-Planes are laid out rank by rank (all rows' first entries, then all second ones ...), ids by bytes, values as
-differences along the rank, which lets zstd see that neighbouring ranks have neighbouring values.
+Fitted by `calibrate` (layout 2), the 16 most probable tokens of a row take about 19 bytes with head "log", step 1/2
+(SmolLM2-135M-Instruct, V = 49,152, three kinds of text).
+Unfitted (layout 1), k = 64 and int8 take k * (2 + 1) bytes before zstd for a vocabulary up to 65,536, k * (3 + 1)
+above, plus 4 for the moments and 4 for an int8 row's scale and offset.
 
-Letters: L sequence length, R rows, E entries, N rows given, K entries given, V vocabulary.
+Letters: L sequence length, R rows, N rows given, K entries given, V vocabulary.
 """
 
 import os
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.blob import pack_blob
+from logitstore.codec_tables import CodecTables
+from logitstore.codecs import flat_layout, ranked_layout
 from logitstore.codecs.checks import (
     MAX_VOCAB_SIZE,
     check_targets,
     expected_header,
     opened_blob,
     require_int,
-    taken_counts,
+    require_tables,
 )
-from logitstore.head_values import HEAD_FORMATS, HeadFormat, QuantisedHead, decode_one_byte
-from logitstore.id_planes import decode_ids, encode_ids, id_bytes
+from logitstore.codecs.flat_layout import StoredRows, decode_flat, encode_flat
+from logitstore.codecs.ranked_layout import canonical_order, decode_ranked, encode_ranked
+from logitstore.fit_tables import fit_tables, joined
+from logitstore.head_rows import decoded_head, head_on_grid, quantised_head
+from logitstore.head_values import HeadFormat, QuantisedHead, head_format
 from logitstore.logits_source import iter_logit_chunks
-from logitstore.planes import byte_planes, delta_along_rank, offsets_of, rank_major_order, undo_delta_along_rank
-from logitstore.row_input import check_logit_rows, checked_input_ids, checked_keep_mask, checked_rows, moved_to_tail
-from logitstore.tail_moments import decode_moments, encode_moments
+from logitstore.planes import offsets_of
+from logitstore.row_input import check_logit_rows, checked_input_ids, checked_keep_mask, checked_rows
+from logitstore.selection import Selection, selected
+from logitstore.tail_moments import COARSE, FINE, MomentGrid, decode_moments, encode_moments
 from logitstore.targets import TeacherTargets
 from logitstore.topk import topk_with_tail
 
 
 @dataclass(frozen=True)
 class TopKCodec:
-    """Keeps k entries a row (fewer where fewer tokens have a probability), and the tail's mass at T = 1 and T = 2.
+    """Keeps k entries a row at most (fewer where fewer tokens have a probability), and the tail's mass at T = 1 and 2.
 
-    head: "int8", "fp8" or "fp16", how log-probs are stored; tail: "residual". Raises ValueError for anything else.
+    head: "int8", "fp8", "fp16", "log" or "sqrtp", how log-probs are stored; head_step: the step of "log" (nats) or
+    "sqrtp" (of sqrt(p)), None for the default. tail: "residual". min_prob, top_p: see Selection. tables_sha256: hash
+    of the tables that a fitted codec codes with, None for an unfitted one; tables: these, where they are at hand.
+    Raises ValueError for anything else.
     """
-
-    codec_id: ClassVar[int] = 1
 
     vocab_size: int
     k: int = 64
     head: str = "int8"
     tail: str = "residual"
+    head_step: float | None = None
+    min_prob: float | None = None
+    top_p: float | None = None
+    tables_sha256: str | None = None
+    tables: CodecTables | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        require_int("k", self.k, 1, 65535)
-        if self.head not in HEAD_FORMATS:
-            raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
+        object.__setattr__(self, "vocab_size", require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE))
+        object.__setattr__(self, "k", require_int("k", self.k, 1, 65535))
         if self.tail != "residual":
             raise ValueError(f"tail must be 'residual' in this version, got {self.tail!r}")
+        _ = self._format, self._selection
+        if self.tables is not None and self.tables.sha256 != self.tables_sha256:
+            raise ValueError(f"tables have SHA-256 {self.tables.sha256}, the codec names {self.tables_sha256}")
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as JSON values; make_codec(**config) makes the codec again."""
-        return {"name": "topk", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "tail": self.tail}
+        config = {"name": "topk", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "tail": self.tail}
+        options = {name: getattr(self, name) for name in ("head_step", "min_prob", "top_p")}
+        options["tables"] = self.tables_sha256
+        return config | {name: value for name, value in options.items() if value is not None}
 
     @property
     def value_table(self) -> NDArray[np.float32] | None:
@@ -70,11 +88,38 @@ class TopKCodec:
 
     @property
     def _format(self) -> HeadFormat:
-        return HEAD_FORMATS[self.head]
+        return head_format(self.head, self.head_step)
 
-    def calibrated(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> "TopKCodec":
-        """The codec itself: nothing of it is fitted."""
-        return self
+    @property
+    def _selection(self) -> Selection:
+        return Selection(self.k, self.min_prob, self.top_p)
+
+    @property
+    def _grid(self) -> MomentGrid:
+        return FINE if self.tables_sha256 is None else COARSE
+
+    @property
+    def codec_id(self) -> int:
+        """1 unfitted, 2 fitted: the number in the header of its blobs."""
+        return flat_layout.CODEC_ID if self.tables_sha256 is None else ranked_layout.CODEC_ID
+
+    @property
+    def max_row_bytes(self) -> int:
+        """Bytes of its largest row before compression."""
+        if self.tables_sha256 is None:
+            return flat_layout.max_row_bytes(self.vocab_size, self.k, self._format)
+        return ranked_layout.max_row_bytes(self.vocab_size, self.k)
+
+    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "TopKCodec":
+        """This codec with tables fitted to samples of (logits [L, V], input_ids [L], keep_mask [L-1] or None)."""
+        unfitted = replace(self, tables_sha256=None, tables=None)
+        targets = (unfitted.targets_from_logits(*sample) for sample in samples)
+        tables = fit_tables(joined(targets), self._format, self.vocab_size)
+        return replace(self, tables_sha256=tables.sha256, tables=tables)
+
+    def with_tables(self, tables: CodecTables) -> "TopKCodec":
+        """This codec with its tables at hand. Raises ValueError for others than it names."""
+        return replace(self, tables=tables)
 
     def targets_from_logits(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> TeacherTargets:
         """What this codec keeps of softmax(logits), quantised: decode(encode(targets)) equals it bit for bit.
@@ -105,103 +150,70 @@ class TopKCodec:
         """The same from what logitstore_kernels.topk_with_tail returns: ids [N, K >= k], logps [N, K] descending,
         moments [N], for all L - 1 rows or for those that keep_mask keeps. Pads have id -1.
 
-        Entries beyond the k-th, and entries of a probability that float32 does not hold (below e^-87), are left to
-        the tail. Raises ValueError for shapes that do not fit, ids outside the vocabulary or a row without entries.
+        Entries that the codec does not keep, those of a probability that float32 does not hold (below e^-87) and
+        those too improbable for the head format are left to the tail. Raises ValueError for shapes that do not fit,
+        ids outside the vocabulary or a row without entries.
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         keep = checked_keep_mask(keep_mask, len(tokens))
         rows = checked_rows(ids, logps, tail_logmass, tail_logmoment_half, keep_mask=keep, vocab_size=self.vocab_size)
-        rows = moved_to_tail(rows, self.k)
+        rows = selected(rows, self._selection, self._format)
         entry_NK = rows.ids >= 0
         counts = np.zeros(len(keep), np.int64)
         counts[keep] = entry_NK.sum(axis=1)
         offsets = offsets_of(counts)
-        odds_codes, excess_codes = encode_moments(rows.tail_logmass, rows.tail_logmoment_half)
-        return self._targets(
-            tokens,
-            offsets,
-            rows.ids[entry_NK].astype(np.int32),
-            self._format.quantise(rows.logps[entry_NK], offsets),
-            decode_moments(odds_codes, excess_codes),
-        )
+        moment_codes = encode_moments(rows.tail_logmass, rows.tail_logmoment_half, self._grid)
+        moments = self._moments(moment_codes, counts > 0)
+        head = quantised_head(self._format, rows.logps[entry_NK], offsets, moments[0])
+        kept = rows.ids[entry_NK].astype(np.int32)
+        if self.tables_sha256 is not None:
+            stored = StoredRows(offsets, kept, head.codes, moment_codes, None, None)
+            kept = kept[canonical_order(require_tables(self).lists, stored, tokens)]
+        return self._targets(tokens, offsets, kept, head, moments)
 
     def encode(self, targets: TeacherTargets, input_ids: Any) -> bytes:
         """One blob of these rows. Values that are not on this codec's grid yet are quantised.
 
         Raises ValueError where targets and input_ids do not belong together, CorruptionError where targets break
-        an invariant, SpecMismatchError for another vocabulary or more than k entries in a row.
+        an invariant, SpecMismatchError for another vocabulary, samples, more than k entries in a row, or tables not at
+        hand.
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         check_targets(self, targets, tokens, max_entries=self.k)
-        counts = targets.counts
-        present = counts > 0
-        order = rank_major_order(counts)
-        header = expected_header(self, tokens, n_present=int(present.sum()), n_entries=len(targets.ids))
-        head = self._on_grid(targets)
-        moments = encode_moments(targets.tail_logmass[present], targets.tail_logmoment_half[present])
-        planes = [counts.astype("<u2").tobytes(), *(codes.astype("<u2").tobytes() for codes in moments)]
-        if head.scale is not None and head.offset is not None:
-            planes += [numbers[present].astype("<f2").tobytes() for numbers in (head.scale, head.offset)]
-        planes += encode_ids(targets.ids, order, self.vocab_size)
-        planes += byte_planes(delta_along_rank(head.codes, targets.offsets)[order], self._format.code_bytes)
-        return pack_blob(header, planes)
+        present = targets.present
+        moments_P = targets.tail_logmass[present], targets.tail_logmoment_half[present]
+        moment_codes = encode_moments(*moments_P, self._grid)
+        head = head_on_grid(self._format, targets, self._moments(moment_codes, present)[0])
+        rows = StoredRows(targets.offsets, targets.ids, head.codes, moment_codes, head.scale, head.offset)
+        header = expected_header(self, tokens)
+        if self.tables_sha256 is None:
+            return encode_flat(header, self._format, rows)
+        return encode_ranked(header, self._format, require_tables(self), tokens, rows)
 
     def decode(self, blob: bytes | memoryview, input_ids: Any) -> TeacherTargets:
-        """The targets that were encoded for this text. Raises FormatError, CorruptionError or SpecMismatchError."""
+        """The targets that were encoded for this text.
+
+        Raises FormatError, CorruptionError, or SpecMismatchError (another codec's blob, or tables not at hand).
+        """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         header, planes = opened_blob(self, blob, tokens)
-        counts = taken_counts(planes, header, "<u2", max_entries=self.k)
-        moments = decode_moments(planes.take("<u2", header.n_present), planes.take("<u2", header.n_present))
-        scale_offset = None
-        if self._format.has_row_scale:
-            scale_offset = [planes.take("<f2", header.n_present).astype(np.float32) for _ in range(2)]
-        order, offsets = rank_major_order(counts), offsets_of(counts)
-        ids = decode_ids(planes, order, self.vocab_size)
-        code_type = np.uint8 if self._format.code_bytes == 1 else np.uint16
-        delta = np.empty(header.n_entries, code_type)
-        delta[order] = planes.take_planes(self._format.code_bytes, header.n_entries, code_type)
-        planes.finish()
-        head = self._head(undo_delta_along_rank(delta, offsets), counts, scale_offset)
-        targets = self._targets(tokens, offsets, ids, head, moments)
+        if self.tables_sha256 is None:
+            rows = decode_flat(header, planes, self._format, k=self.k)
+        else:
+            rows = decode_ranked(header, planes, self._format, require_tables(self), tokens, k=self.k)
+        moments = self._moments(rows.moment_codes, np.diff(rows.offsets) > 0)
+        head = decoded_head(self._format, rows.codes, rows.offsets, moments[0], rows.scale, rows.offset)
+        targets = self._targets(tokens, rows.offsets, rows.ids, head, moments)
         targets.validate()
         return targets
 
-    @property
-    def max_row_bytes(self) -> int:
-        """Bytes of a full row: its count, two moments, scale and offset, and k entries."""
-        return 2 + 4 + 4 + min(self.k, self.vocab_size) * (id_bytes(self.vocab_size) + self._format.code_bytes)
-
-    def _on_grid(self, targets: TeacherTargets) -> QuantisedHead:
-        """The targets' own codes where they are this format's codes, else their log-probs quantised."""
-        codes, scale, offset = targets.codes, targets.code_scale, targets.code_offset
-        if codes is not None and self._format.table is not None and (scale is not None) == self._format.has_row_scale:
-            head = self._head_of_rows(codes, targets.counts, scale, offset)
-            if np.array_equal(head.logps, targets.logps):
-                return head
-        return self._format.quantise(targets.logps, targets.offsets)
-
-    def _head(
-        self, codes: NDArray, counts: NDArray[np.int64], scale_offset: list[NDArray[np.float32]] | None
-    ) -> QuantisedHead:
-        """What codes stand for, the scale and offset being given for the present rows only."""
-        if self._format.table is None:
-            return QuantisedHead(codes.view(np.float16).astype(np.float32), codes, None, None)
-        if scale_offset is None:
-            return self._head_of_rows(codes, counts, None, None)
-        scale_R, offset_R = (np.zeros(len(counts), np.float32) for _ in range(2))
-        scale_R[counts > 0], offset_R[counts > 0] = scale_offset
-        return self._head_of_rows(codes, counts, scale_R, offset_R)
-
-    def _head_of_rows(
-        self,
-        codes: NDArray[np.uint8],
-        counts: NDArray[np.int64],
-        scale_R: NDArray[np.float32] | None,
-        offset_R: NDArray[np.float32] | None,
-    ) -> QuantisedHead:
-        assert self._format.table is not None
-        scale_E, offset_E = (None if a is None else np.repeat(a, counts) for a in (scale_R, offset_R))
-        return QuantisedHead(decode_one_byte(codes, self._format.table, scale_E, offset_E), codes, scale_R, offset_R)
+    def _moments(
+        self, moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]], present: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Log-mass and half moment of all rows [R], NaN in absent ones, from the codes of the present ones."""
+        moments_R = np.full((2, len(present)), np.nan, np.float32)
+        moments_R[:, present] = decode_moments(*moment_codes, self._grid)
+        return moments_R[0], moments_R[1]
 
     def _targets(
         self,
@@ -209,16 +221,14 @@ class TopKCodec:
         offsets: NDArray[np.int64],
         ids: NDArray[np.int32],
         head: QuantisedHead,
-        present_moments: tuple[NDArray[np.float32], NDArray[np.float32]],
+        moments: tuple[NDArray[np.float32], NDArray[np.float32]],
     ) -> TeacherTargets:
-        moments_R = np.full((2, len(offsets) - 1), np.nan, np.float32)
-        moments_R[:, np.diff(offsets) > 0] = present_moments
         return TeacherTargets(
             offsets=offsets,
             ids=ids,
             logps=head.logps,
-            tail_logmass=moments_R[0],
-            tail_logmoment_half=moments_R[1],
+            tail_logmass=moments[0],
+            tail_logmoment_half=moments[1],
             vocab_size=self.vocab_size,
             input_ids=tokens,
             codes=head.codes if self._format.code_bytes == 1 else None,

@@ -30,6 +30,7 @@ from logitstore.codecs.checks import (
 )
 from logitstore.codecs.sampled import MAX_SEED, SampledCodec, sampled_targets
 from logitstore.errors import CorruptionError
+from logitstore.head_rows import decoded_head
 from logitstore.head_values import HEAD_FORMATS, HeadFormat
 from logitstore.id_planes import decode_ids, encode_ids, id_bytes
 from logitstore.planes import (
@@ -63,9 +64,9 @@ class VarOptCodec(SampledCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE)
-        require_int("k", self.k, 1, 65535)
-        require_int("seed", self.seed, 0, MAX_SEED)
+        object.__setattr__(self, "vocab_size", require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE))
+        object.__setattr__(self, "k", require_int("k", self.k, 1, 65535))
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, MAX_SEED))
         if self.head not in HEAD_FORMATS:
             raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
 
@@ -187,8 +188,9 @@ class VarOptCodec(SampledCodec):
         n_drawn = counts - n_exact
         tail_logmass = decode_logmass(samples.tail_codes)
         threshold_R = np.where(n_drawn > 0, tail_logmass - np.log(np.maximum(n_drawn, 1)), -np.inf)
-        head_H = self._format.decode(samples.codes, n_exact, samples.scale, samples.offset)
-        head_H = shifted_head(head_H, offsets_of(n_exact), tail_logmass)
+        offsets_H = offsets_of(n_exact)
+        head = decoded_head(self._format, samples.codes, offsets_H, tail_logmass, samples.scale, samples.offset)
+        head_H = shifted_head(head.logps, offsets_H, tail_logmass)
         logweights_E = np.repeat(threshold_R, counts)
         logweights_E[_is_exact(counts, n_exact)] = np.maximum(head_H, np.repeat(threshold_R, n_exact))
         logweights_E -= np.repeat(segment_logsumexp(logweights_E, offsets_of(counts)), counts)

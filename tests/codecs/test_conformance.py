@@ -13,13 +13,19 @@ import logitstore
 from logitstore.codecs import conformance
 from logitstore.codecs.registry import CODECS
 from logitstore.codecs.topk import TopKCodec
-from logitstore.head_values import HEAD_FORMATS
+from logitstore.head_values import HEAD_FORMATS, HEADS
 
 CONFIGURATIONS = [
-    *({"name": "topk", "k": 12, "head": head} for head in HEAD_FORMATS),
+    *({"name": "topk", "k": 12, "head": head} for head in HEADS),
+    {"name": "topk", "k": 24, "head": "log", "head_step": 0.5, "min_prob": 0.02},
     *({"name": "varopt", "head": head, "seed": 5} for head in HEAD_FORMATS),
     {"name": "rskd"},
     {"name": "rskd", "draws": 255, "seed": 7},
+]
+FITTED = [
+    *({"name": "topk", "k": 12, "head": head} for head in HEADS),
+    {"name": "topk", "k": 24, "head": "log", "head_step": 0.5, "min_prob": 0.02},
+    {"name": "topk", "k": 24, "head": "int8", "top_p": 0.9},
 ]
 
 
@@ -29,9 +35,19 @@ def test_codec_conforms(config: dict[str, Any]) -> None:
         conformance.check_codec(codec)
 
 
+@pytest.mark.parametrize("config", FITTED, ids=lambda config: "-".join(map(str, config.values())))
+def test_fitted_codec_conforms(config: dict[str, Any]) -> None:
+    codec = conformance.fitted(logitstore.make_codec(vocab_size=300, **config))
+    assert codec.tables is not None
+    for variant in conformance.variants(codec):
+        conformance.check_codec(variant)
+
+
 def test_every_codec_of_the_registry_is_checked_and_has_an_id_of_its_own() -> None:
     assert {config["name"] for config in CONFIGURATIONS} == set(CODECS)
-    assert len({codec.codec_id for codec in CODECS.values()}) == len(CODECS)
+    codecs = [logitstore.make_codec(name, vocab_size=300) for name in CODECS]
+    codecs += [codec for codec in map(conformance.fitted, codecs) if codec.tables_sha256 is not None]
+    assert sorted(codec.codec_id for codec in codecs) == [1, 2, 3, 4]
 
 
 def forgets_determinism(codec: TopKCodec, logits, input_ids, keep_mask=None):
@@ -68,6 +84,19 @@ def allocates_before_it_looks(codec: TopKCodec, blob, input_ids):
 
 def takes_any_targets(codec: TopKCodec, targets, input_ids):
     return TopKCodec.encode(codec, dataclasses.replace(targets, input_ids=np.asarray(input_ids)), input_ids)
+
+
+def forgets_its_tables(codec: TopKCodec, folder):
+    TopKCodec.save(dataclasses.replace(codec, tables_sha256=None, tables=None), folder)
+
+
+def test_the_kit_finds_a_codec_that_is_saved_without_its_tables() -> None:
+    codec = conformance.fitted(TopKCodec(vocab_size=50, k=5))
+    conformance.check_config(codec)
+    options = {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
+    faulty = type("Faulty", (TopKCodec,), {"save": forgets_its_tables, "__eq__": lambda a, b: a.config == b.config})
+    with pytest.raises(AssertionError, match="load_codec gives another configuration"):
+        conformance.check_config(faulty(**options))
 
 
 @pytest.mark.parametrize(

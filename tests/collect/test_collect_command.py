@@ -92,6 +92,19 @@ def test_batches_do_not_change_what_is_stored(teacher_folder: Path, prompts: Pat
         np.testing.assert_allclose(a.targets.dense_logprobs(), b.targets.dense_logprobs(), atol=6e-3)
 
 
+def test_a_row_with_an_empty_completion_is_skipped_and_said(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"prompt": "2 + 2 = ", "completion": completion} for completion in ("4", "", "four")]
+    assert collect(teacher_folder, write_jsonl(tmp_path / "d.jsonl", rows), tmp_path / "x.parquet") == 0
+    assert "3 rows -> 2 samples" in (said := capsys.readouterr().out)
+    assert "1 rows skipped: the completion is empty" in said
+    assert [sample.source_row for sample in logitstore.open(tmp_path / "x.parquet")] == [0, 2]
+    assert collect(teacher_folder, write_jsonl(tmp_path / "d.jsonl", rows[1:2]), tmp_path / "y.parquet") == 2
+    error = capsys.readouterr().err
+    assert "1 rows skipped: the completion is empty); there is nothing to learn in them" in error
+
+
 def test_keep_prompt_stores_every_row(teacher_folder: Path, prompts: Path, tmp_path: Path) -> None:
     assert collect(teacher_folder, prompts, tmp_path / "x.parquet", "--keep-prompt", "--set", "k=5") == 0
     sample = logitstore.open(tmp_path / "x.parquet")[4]
@@ -356,6 +369,17 @@ def test_verify_of_a_damaged_store_exits_with_1(
     assert main(["verify", str(tmp_path / "absent.parquet")]) == 2
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_verify_of_a_folder_without_shards_exits_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("no shard")
+    assert main(["verify", str(tmp_path), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"logitstore: {tmp_path}: a folder without .parquet files, not a store\n"
+    assert printed.out == ""
+
+
 def test_the_size_of_a_large_data_set_is_extrapolated(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -397,6 +421,25 @@ def test_a_run_that_failed_before_its_first_group_claims_nothing(
     assert work_path(tmp_path / "x.parquet").is_dir()
     assert collect(teacher_folder, prompts, tmp_path / "x.parquet", "--set", "k=5") == 0
     assert logitstore.open(tmp_path / "x.parquet").spec.codec.k == 5
+
+
+def test_another_generation_config_is_another_collection_of_generated_completions_only(
+    teacher_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    to_complete = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"say {i}"} for i in range(3)])
+    runs = [(to_complete, tmp_path / "generated.parquet", "--generate", "4"), (prompts, tmp_path / "given.parquet")]
+    for run in runs:
+        assert collect(teacher, *run) == 0
+    file = teacher / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 70]}))
+    capsys.readouterr()
+    assert collect(teacher, *runs[0]) == 2
+    assert "generation_config_sha256=" in capsys.readouterr().err
+    assert collect(teacher, *runs[1]) == 0
+    assert "finished already" in capsys.readouterr().out
+    generated, given = (logitstore.open(run[1]).spec for run in runs)
+    assert generated.teacher_sha256 == given.teacher_sha256  # still stores of one teacher
 
 
 def test_generated_completions_stay_within_the_window(teacher_folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from logitstore_trainer.collect.teacher import inspect_teacher, load_teacher
 from logitstore_trainer.collect.teacher_source import locate_teacher, teacher_fingerprint
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, modeling_gguf_pytorch_utils
 
 
 def interleaved(weight, n_heads):
@@ -77,6 +77,15 @@ def test_a_gguf_teacher_is_the_model_that_it_was_made_of(gguf_path, model):
     assert (teacher.info.head_width, teacher.info.max_positions) == (261, 512)
     assert teacher.tokenizer.decode(teacher.tokenizer("xabz", add_special_tokens=False)["input_ids"]) == "xabz"
     assert teacher.tokenizer("ab", add_special_tokens=False)["input_ids"] == [260]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_bar_of_the_weights_is_drawn_on_terminals_only(gguf_path, capsys, monkeypatch, is_terminal):
+    shown = modeling_gguf_pytorch_utils.tqdm
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    load_teacher(str(gguf_path), device="cpu", dtype="float32")
+    assert ("GGUF tensors" in capsys.readouterr().err) is is_terminal
+    assert modeling_gguf_pytorch_utils.tqdm is shown
 
 
 def test_a_gguf_teacher_is_described_without_its_weights(gguf_path):

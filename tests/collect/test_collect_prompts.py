@@ -80,6 +80,19 @@ def test_tool_turns_and_tool_calls_are_kept(tmp_path):
     assert columns_of(dataset) == [{"messages": talk, "tools": [{"name": "add"}]}]
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_what_is_not_learned_may_be_empty(tmp_path, role, content):
+    talk = [{"role": role, "content": content}, USER, ASSISTANT]
+    assert columns_of(read_dataset(write(tmp_path, jsonl({"messages": talk})))) == [{"messages": talk}]
+
+
+@pytest.mark.parametrize("completion", ["", " \n"])
+def test_an_empty_completion_refuses_no_data_set(tmp_path, completion):
+    rows = [{"prompt": "p", "completion": completion}, {"prompt": "p", "completion": "c"}]
+    assert columns_of(read_dataset(write(tmp_path, jsonl(*rows)))) == rows
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 4, 6])
 def test_parquet_rows(tmp_path, start):
     path = tmp_path / "data.parquet"
@@ -165,10 +178,17 @@ BAD_FILES = {
         "",
     ),
     "empty content": (
-        jsonl({"messages": [{**USER, "content": ""}, ASSISTANT]}),
-        "messages[0].content is empty",
-        "",
+        jsonl({"messages": [USER, {**ASSISTANT, "content": " "}]}),
+        "messages[1].content is empty",
+        "remove the row",
     ),
+    "null system message": (
+        jsonl({"messages": [{"role": "system", "content": None}, USER, ASSISTANT]}),
+        "messages[0].content is null",
+        "expected a string",
+    ),
+    "numeric completion": (jsonl({"prompt": "p", "completion": 3}), ":1: `completion` is a number (3)", "string"),
+    "empty prompt": (jsonl({"prompt": "", "completion": "c"}), ":1: `prompt` is empty", "remove the row"),
     "empty file": ("", "the dataset is empty", "at least one row"),
     "blank file": ("\n \n\r\n", "the dataset is empty", "at least one row"),
     "latin-1": (GOOD.encode() + b'{"text": "caf\xe9"}\n', ":2: not UTF-8 (byte 0xe9 at position 13", "UTF-8"),

@@ -97,6 +97,16 @@ def test_prompt_and_completion(byte_tokenizer):
     )
 
 
+def test_an_empty_completion_is_skipped_and_counted(byte_tokenizer):
+    rows = [row(i, prompt="ab", completion=completion) for i, completion in enumerate(["", "c", " \n"])]
+    samples, counts = run(Tokeniser(byte_tokenizer(), "prompt+completion", 8), *rows)
+    assert [sample.source_row for sample in samples] == [1]
+    assert (counts.rows, counts.samples, counts.empty_completion) == (3, 1, 2)
+    assert counts.summary() == (
+        "3 rows -> 1 samples; 4 tokens, 2 of them learned; 2 rows skipped: the completion is empty"
+    )
+
+
 def test_prompt_and_completion_are_tokenised_apart():
     """With a merge of a and b, "a" + "b" stays two tokens, as when the model completes "a"."""
     from tokenizers import Tokenizer, models
@@ -142,6 +152,15 @@ def test_messages_every_assistant_turn_is_learned_with_its_end(byte_tokenizer, c
     assert [shown(tokenizer, sample) for sample in samples] == [LEARNED_TALK]
     assert counts.learned_tokens == 3 + 4
     assert samples[0].input_ids.tolist() == tokenizer.apply_chat_template(TALK, return_dict=False)
+
+
+def test_an_empty_system_message_is_rendered_as_it_stands(byte_tokenizer, chatml):
+    tokenizer = byte_tokenizer(chat_template=chatml)
+    talk = [{"role": "system", "content": ""}, {"role": "user", "content": ""}, TALK[1]]
+    samples, _ = run(Tokeniser(tokenizer, "messages", 200), row(messages=talk))
+    assert [shown(tokenizer, sample) for sample in samples] == [
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n[ho<|im_end|>]\n"
+    ]
 
 
 def test_messages_too_long_are_truncated_or_skipped(byte_tokenizer, chatml):

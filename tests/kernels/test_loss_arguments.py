@@ -123,6 +123,20 @@ def test_without_the_half_moment_the_other_losses_are_what_they_were(case_factor
             assert without == loss_function(case.logits_NV, case.teacher, case.labels_N, temperature, tail=tail)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "dropped"])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_labels_alone_need_no_half_moment(case_factory, value_and_gradient, tail, temperature):
+    case = case_factory(5, 11, 4).with_ignored(2)
+    teacher = replace(case.teacher, tail_logmoment_half_N=None)
+    plain = value_and_gradient(torch.nn.functional.cross_entropy, case.logits_NV, case.labels_N)
+    for loss_function in (distillation_loss, distillation_loss_reference):
+        got = value_and_gradient(loss_function, case.logits_NV, teacher, case.labels_N, temperature, 0.0, tail)
+        torch.testing.assert_close(got, plain, rtol=1e-14, atol=1e-15)
+    for parts_function in (distillation_loss_parts, distillation_loss_parts_reference):
+        with pytest.raises(ValueError, match="needs tail_logmoment_half_N"):
+            parts_function(case.logits_NV, teacher, case.labels_N, temperature, 0.0, tail)
+
+
 def test_a_batch_of_every_token_needs_no_half_moment(case_factory):
     case = case_factory(3, 11, 11)
     kept = (case.teacher.ids_NK, case.teacher.logprobs_NK, case.teacher.tail_logmass_N)

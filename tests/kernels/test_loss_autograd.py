@@ -3,7 +3,7 @@
 import pytest
 import torch
 from logitstore_kernels import TeacherBatch, distillation_loss, distillation_loss_parts
-from logitstore_kernels.reference import distillation_loss_reference
+from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TAILS = ["bucket", "uniform", "renormalised", "dropped"]
@@ -120,6 +120,27 @@ def test_nothing_is_read_by_the_host(case_factory, tail, reduction):
     )
     parts.loss.sum().backward()
     assert leaf.grad.dtype == torch.bfloat16
+    assert leaf.grad.shape == (6, 21)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ignored", [range(5), [1], []], ids=["all ignored", "one ignored", "none ignored"])
+@pytest.mark.parametrize("n_items", [torch.tensor(0), torch.tensor([0]), torch.tensor(0.0)])
+def test_no_item_in_the_batch_is_no_loss(case_factory, dtype, ignored, n_items):
+    case = case_factory(5, 21, 4).with_ignored(*ignored)
+    for parts_function in (distillation_loss_parts, distillation_loss_parts_reference):
+        leaf = case.leaf(dtype)
+        parts = parts_function(leaf, case.teacher, case.labels_N, num_items_in_batch=n_items)
+        assert [part.item() for part in parts] == [0, 0, 0]
+        (1024 * parts.loss).backward()
+        assert (leaf.grad == 0).all()
+
+
+def test_the_number_of_items_is_not_read_by_the_host(case_factory):
+    case = case_factory(6, 21, 4)
+    leaf = case.leaf(torch.float32).detach().to("meta").requires_grad_()
+    n_items = torch.tensor(0, device="meta")
+    distillation_loss(leaf, case.teacher.to("meta"), case.labels_N.to("meta"), num_items_in_batch=n_items).backward()
     assert leaf.grad.shape == (6, 21)
 
 

@@ -189,8 +189,9 @@ class TestFolders:
 
     def test_empty(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        with pytest.raises(logitstore.FormatError, match="without .parquet files"):
-            logitstore.open(tmp_path / "empty")
+        for function in (logitstore.open, logitstore.verify):
+            with pytest.raises(logitstore.FormatError, match="without .parquet files"):
+                function(tmp_path / "empty")
 
 
 def test_what_is_no_store_says_what_it_is(tmp_path: Path, store_path: Path) -> None:

@@ -115,6 +115,18 @@ def test_eval_loss_is_the_mean_over_tokens(tmp_path, store, new_student, slow_lo
     assert metrics["eval_ce"] == pytest.approx(expected.ce, rel=2e-6)
 
 
+def test_an_eval_batch_without_valid_tokens_weighs_nothing(tmp_path, store, new_student):
+    student, args = new_student(2), arguments(tmp_path, per_device_eval_batch_size=1)
+    prompt = store[0]._replace(loss_mask=store[0].loss_mask & False)
+    with_it, without = (
+        DistillationTrainer(
+            model=student, args=args, eval_dataset=samples, train_dataset=store, decoder=TeacherDecoder(store)
+        ).evaluate()["eval_loss"]
+        for samples in ([prompt, store[1], store[2]], [store[1], store[2]])
+    )
+    assert with_it == without
+
+
 def test_evaluation_returns_logits_and_labels(tmp_path, store, new_student):
     student = new_student(2)
     trainer = DistillationTrainer(model=student, args=arguments(tmp_path), train_dataset=store)

@@ -1,5 +1,11 @@
 """Students from scratch and by name, and the tokenizers that are refused."""
 
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
 import pytest
 import torch
 from logitstore_trainer.student import LlamaShape, build_student, parse_shape, shape_of_size
@@ -114,3 +120,49 @@ def test_a_folder_without_a_model_is_one_line(store, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="cannot load student") as caught:
         build_student(str(tmp_path), store)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_nowhere_is_one_line_without_retries(store_path, tmp_path):
+    """The hub is a port that nobody listens on; huggingface_hub's own retries would take half a minute a file."""
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    arguments = ["train", "--student", "nosuchmodel", "--data", str(store_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "logitstore_trainer", *arguments],
+        env={**os.environ, **unreachable}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "logitstore: nosuchmodel: no such folder here, not in the local cache, and the hub cannot be reached; "
+        "check the name or the connection\n"
+    )
+
+
+def test_a_hub_name_in_the_cache_works_without_the_hub(store, new_student, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--some--student", "0123456789abcdef0123456789abcdef01234567"
+    new_student(4).save_pretrained(str(repository / "snapshots" / commit))
+    tokenizer.save_pretrained(str(repository / "snapshots" / commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    student = build_student("some/student", store)
+    assert torch.equal(student.model.lm_head.weight, new_student(4).lm_head.weight)
+    shutil.rmtree(repository)
+    with pytest.raises(FileNotFoundError, match="some/student: no such folder here, not in the local cache"):
+        build_student("some/student", store)
+
+
+class Found:
+    sha = "f" * 40
+
+
+def asked_for(name, **arguments):
+    raise OSError(f"asked for {name} {arguments}")
+
+
+def test_a_hub_that_answers_pins_the_students_commit(store, monkeypatch):
+    """The commit found in one question goes with every file that is asked for."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: Found)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked_for)
+    with pytest.raises(ValueError, match=r"asked for some/student \{'revision': 'f{40}'\}"):
+        build_student("some/student", store)

@@ -295,3 +295,44 @@ def test_a_tail_that_there_is_not_is_refused_before_the_folder_is_claimed(store_
     assert main([*arguments, "--tail", "dense"]) == 2
     assert "--tail 'dense' is not one of bucket, uniform" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nonesuch", "nonesuch is not supported, only "), ("absent", "AbsentCallback requires absent to be installed")],
+)
+def test_a_reporter_that_there_is_not_is_one_line_before_the_student(
+    store_path, tmp_path, capsys, monkeypatch, name, message
+):
+    from logitstore_trainer.cli import main
+    from transformers.integrations import integration_utils
+
+    def absent():
+        raise RuntimeError("AbsentCallback requires absent to be installed. Run `pip install absent`.")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "absent", absent)
+    out = tmp_path / "student"
+    assert (
+        main(["train", "--student", "./none", "--data", str(store_path), "--out", str(out), "--report-to", name]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith(f"logitstore: --report-to {name} cannot be used: {message}")
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_reporter_gets_what_is_logged(config, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    logged = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "ours", Reporter)
+    metrics = train(dataclasses.replace(config, steps=2, report_to="ours"))
+    assert [entry["kl"] for entry in logged if "kl" in entry] == [
+        entry["kl"] for entry in metrics["history"] if "kl" in entry
+    ]
+    assert metrics["config"]["report_to"] == "ours"

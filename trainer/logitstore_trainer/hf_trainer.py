@@ -110,8 +110,6 @@ class DistillationMixin:
         """What the sum over this process's tokens is divided by, and the ranks over which Trainer counted them."""
         if num_items is None:
             return None, 1
-        if torch.is_tensor(num_items):
-            num_items = num_items.clamp(min=1)  # a step without a valid token has a loss of 0, not 0 / 0
         if self.args.n_gpu > 1:
             # DataParallel: the logits of all devices are gathered here, and the count comes repeated per device.
             total = num_items.reshape(-1)[0] if torch.is_tensor(num_items) else num_items

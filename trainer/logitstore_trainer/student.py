@@ -56,7 +56,8 @@ def build_student(name: str, store: "LogitStore", *, seed: int = 0) -> Student:
     a model folder or a name on the Hugging Face hub. A folder called "5M" is "./5M".
 
     From scratch, equal seeds give equal weights. Raises ValueError for a size or shape that makes no model and for a
-    model that cannot be loaded, SpecMismatchError if its tokenizer or vocabulary is not the store's.
+    model that cannot be loaded, OSError for a name that is neither on the hub nor in the local cache, SpecMismatchError
+    if its tokenizer or vocabulary is not the store's.
     """
     spec = store.spec
     if _SIZE.fullmatch(name):
@@ -181,6 +182,7 @@ def _load(name: str, spec: "StoreSpec") -> Student:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from logitstore_trainer.collect.teacher import require_causal_lm
+    from logitstore_trainer.collect.teacher_source import TeacherSource, locate_on_hub
 
     path = Path(name).expanduser()
     if (name.startswith((".", "/", "~")) or path.is_file()) and not path.is_dir():
@@ -188,13 +190,16 @@ def _load(name: str, spec: "StoreSpec") -> Student:
             f"student {name!r} is {'a file' if path.is_file() else 'not there'}, expected a model folder, a hub name, "
             "a size (5M) or a shape (llama:layers=3,width=192,heads=3)"
         )
-    name = str(path) if path.is_dir() else name
+    source = TeacherSource(name, str(path)) if path.is_dir() else locate_on_hub(name)
+    where = source.from_pretrained_arguments()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **where)
         check_tokenizer(spec, tokenizer)
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(source.location, **where)
         require_causal_lm(name, config)
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=torch.float32, output_loading_info=True, **where
+        )
     except (OSError, ValueError, SafetensorError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"cannot load student {name!r} as a causal language model: {first_line}") from error

@@ -25,9 +25,10 @@ class TrainConfig:
     """Settings of one training run; the command line's options have the same names and defaults.
 
     student: see `build_student`. data: one store or several of one teacher. eval_data, or eval_fraction in (0, 1) of
-    the samples drawn with the seed: held out. steps (optimizer steps) overrides epochs. lr None: 1e-3 from scratch,
-    5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then cosine to zero. A step takes
-    batch_size * grad_accum samples per process. save_every, eval_every: steps between, 0 for only at the end.
+    the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
+    lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
+    cosine to zero. A step takes batch_size * grad_accum samples per process. save_every, eval_every: steps between, 0
+    for only at the end.
     """
 
     student: str
@@ -115,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="the store, or several of one teacher")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, checkpoints and metrics")
     option("--eval-data", "a store to measure on, never trained on", metavar="PATH")
-    option("--eval-fraction", "share of the samples to hold out instead, drawn with the seed", type=float, metavar="F")
+    option("--eval-fraction", "share of samples to hold out, in rows drawn with the seed", type=float, metavar="F")
     option("--temperature", "T of teacher and student in the KL (default 2; 1 for a store of samples)", type=float)
     option("--alpha", "weight of T^2 KL; 1 - alpha weighs cross-entropy, 0 is labels only (default 0.7)", type=float)
     option("--tail", "bucket, uniform, renormalised, dropped or sampled (default: what suits the store)")

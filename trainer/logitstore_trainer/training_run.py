@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
@@ -24,6 +25,7 @@ import logitstore
 from logitstore_trainer import checkpoints
 from logitstore_trainer.decoder import decoder_for_dataset, fitting_tail
 from logitstore_trainer.evaluate import evaluate_student
+from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
@@ -37,8 +39,9 @@ _FROM_SCRATCH_LR, _LOADED_LR = 1e-3, 5e-5
 def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """The metrics of the run that `config` asks for; see `logitstore_trainer.train.train`."""
     _check_device(config)
+    reporters = _reporters(config.report_to)
     with _transformers_display_kept():
-        return _run(config, callbacks)
+        return _run(config, [*reporters, *callbacks])
 
 
 def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
@@ -94,10 +97,9 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, logitstore.LogitStore]:
     train_set = stores[0] if len(stores) == 1 else torch.utils.data.ConcatDataset(stores)
     eval_set = logitstore.open(config.eval_data) if config.eval_data else None
     if config.eval_fraction:
-        n_eval = max(round(len(train_set) * config.eval_fraction), 1)
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        eval_set = torch.utils.data.Subset(train_set, sorted(order[:n_eval]))
-        train_set = torch.utils.data.Subset(train_set, sorted(order[n_eval:]))
+        split = split_by_source_row(stores, config.eval_fraction, config.seed)
+        eval_set = torch.utils.data.Subset(train_set, split.held_out)
+        train_set = torch.utils.data.Subset(train_set, split.train)
     if len(train_set) == 0:
         raise ValueError(f"{' and '.join(config.data)} leaves no sample to train on")
     return train_set, eval_set, stores[0]
@@ -133,7 +135,7 @@ def _make_trainer(
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         disable_tqdm=True,
         log_level="error",  # its warnings name the tied head as missing from every checkpoint
-        report_to=config.report_to,
+        report_to="none",  # _reporters are among the callbacks
     )
     trainer = DistillationTrainer(
         model=student.model,
@@ -201,6 +203,15 @@ def _transformers_display_kept() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars_on:
             hf_logging.enable_progress_bar()
+
+
+def _reporters(report_to: str) -> list[TrainerCallback]:
+    """transformers' callbacks that --report-to names, made before anything slow. Raises ValueError if it cannot be."""
+    try:
+        return [callback() for callback in get_reporting_integration_callbacks(report_to)]
+    except (ValueError, RuntimeError, ImportError) as error:
+        first_line = str(error).split("\n")[0].rstrip(". ")
+        raise ValueError(f"--report-to {report_to} cannot be used: {first_line}; name another, or none") from None
 
 
 def _check_device(config: TrainConfig) -> None:

@@ -40,6 +40,7 @@ from logitstore_trainer.collect.teacher import (
     inspect_teacher,
     load_teacher,
 )
+from logitstore_trainer.collect.teacher_source import generation_config_sha256
 from logitstore_trainer.collect.tokenise import Counts, TokenisedSample, Tokeniser
 from logitstore_trainer.progress import Progress
 
@@ -276,6 +277,8 @@ def _spec(
             "generate_temperature": settings.generate_temperature,
             "seed": settings.seed,
         }
+        if (config_sha256 := generation_config_sha256(info.source)) is not None:
+            collection["generation_config_sha256"] = config_sha256
     return logitstore.StoreSpec(
         codec=codec,
         vocab_size=info.vocab_size,

@@ -6,6 +6,9 @@ The shapes, in the order in which they are looked for; other columns are ignored
   prompt + completion  two strings
   text                 one string
   prompt               one string, to be completed by the teacher
+
+What is to be read must not be empty: a text, a prompt, an assistant's turn. A completion may be (its row gives no
+sample, see tokenise.py), and so may what others say in a conversation, which is rendered as it stands.
 """
 
 import json
@@ -52,16 +55,16 @@ def checked_row(source_row: int, where: str, value: Any, shape: str) -> Row:
         if name == "messages":
             columns[name] = _checked_messages(value[name], where)
         else:
-            columns[name] = _checked_text(value[name], f"{where}: `{name}`")
+            columns[name] = _checked_text(value[name], f"{where}: `{name}`", may_be_empty=name == "completion")
     if shape == "messages" and value.get("tools"):
         columns["tools"] = value["tools"]
     return Row(source_row, where, columns)
 
 
-def _checked_text(text: Any, what: str) -> str:
+def _checked_text(text: Any, what: str, *, may_be_empty: bool = False) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{what} is {_described(text)}, expected a string; correct or remove the row")
-    if not text.strip():
+    if not may_be_empty and not text.strip():
         raise ValueError(f"{what} is empty; correct or remove the row")
     if not text.isascii():
         try:
@@ -91,8 +94,7 @@ def _checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
         if not (message.get("tool_calls") and content in (None, "")):
             if "content" not in message:
                 raise ValueError(f"{what} has no content, only {', '.join(message)}; correct the row")
-            if not (role == "tool" and content == ""):
-                _checked_text(content, f"{what}.content")
+            _checked_text(content, f"{what}.content", may_be_empty=role != "assistant")
         checked.append(message)
     if not any(message["role"] == "assistant" for message in checked):
         raise ValueError(f"{where}: `messages` has no assistant turn to learn; add one or remove the row")

@@ -57,7 +57,8 @@ def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettin
             n_prompts += 1
     counts.samples += n_prompts
     if not counts.samples:
-        raise ValueError(f"{dataset.path}: no row gives a sample ({counts.summary()}); raise --max-length")
+        remedy = "raise --max-length" if counts.prompt_too_long else "there is nothing to learn in them"
+        raise ValueError(f"{dataset.path}: no row gives a sample ({counts.summary()}); {remedy}")
     scale = dataset.n_rows / n_counted
     if settings.max_tokens is not None:
         scale = min(scale, settings.max_tokens / counts.tokens)

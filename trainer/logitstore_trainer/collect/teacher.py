@@ -10,7 +10,10 @@ several times slower than an fp32 one. A checkpoint saved in fp16 stays fp16 on 
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,17 +150,16 @@ def load_teacher(
     dtype_name = choose_dtype(dtype, torch_device, getattr(teacher.config, "dtype", None))
     on_device = {} if torch_device.type == "cpu" or teacher.source.gguf_file else {"device_map": torch_device}
     try:
-        if not sys.stderr.isatty():  # a bar drawn into a log file is a hundred lines
-            hf_logging.disable_progress_bar()
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            teacher.source.location,
-            config=teacher.config,
-            dtype=DTYPES[dtype_name],
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **on_device,
-            **teacher.source.from_pretrained_arguments(),
-        )
+        with _bars_on_terminals_only(teacher.source):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                teacher.source.location,
+                config=teacher.config,
+                dtype=DTYPES[dtype_name],
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **on_device,
+                **teacher.source.from_pretrained_arguments(),
+            )
         model = model if on_device else model.to(torch_device)
     except _LOADING_ERRORS as error:
         raise ValueError(
@@ -172,6 +174,26 @@ def load_teacher(
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     return Teacher(teacher, model, dtype_name, torch_device)
+
+
+@contextmanager
+def _bars_on_terminals_only(source: TeacherSource) -> Iterator[None]:
+    """Hides transformers' bars where standard error is a log file: each would be a hundred lines there."""
+    if sys.stderr.isatty():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    if not source.gguf_file:
+        yield
+        return
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+
+    shown = gguf_reader.tqdm  # tqdm's own class, which does not ask transformers' switch
+    gguf_reader.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        gguf_reader.tqdm = shown
 
 
 def choose_device(device: str) -> torch.device:

@@ -62,7 +62,7 @@ def locate_teacher(name: str) -> TeacherSource:
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or path.suffix.lower() == ".gguf":
         raise FileNotFoundError(f"{name}: no such folder or .gguf file; check --teacher")
-    return _locate_on_hub(name)
+    return locate_on_hub(name)
 
 
 def fingerprint(source: TeacherSource) -> str:
@@ -84,17 +84,33 @@ def fingerprint(source: TeacherSource) -> str:
     return digest.hexdigest()
 
 
+def generation_config_sha256(source: TeacherSource) -> str | None:
+    """Returns the SHA-256 (hex) of generation_config.json, which says where a completion that the teacher writes ends.
+
+    None where there is none, and on the hub, whose commit the fingerprint has. It is no part of the fingerprint: stores
+    of one teacher belong together, whoever wrote their texts.
+    """
+    file = Path(source.location) / "generation_config.json"
+    if source.revision or not file.is_file():
+        return None
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def teacher_fingerprint(name: str) -> str:
     """Returns fingerprint(locate_teacher(name)); the weights are not loaded."""
     return fingerprint(locate_teacher(name))
 
 
-def _locate_on_hub(name: str) -> TeacherSource:
+def locate_on_hub(name: str) -> TeacherSource:
+    """Returns the model (a student's, too) at its commit on the hub, or in the local cache if the hub is unreachable.
+
+    Raises ValueError for what is no name, and OSError where no such model is to be had, in one line and within seconds.
+    """
     try:
         found = huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
         return TeacherSource(name, name, revision=found.sha)
     except HFValidationError:
-        raise ValueError(f"{name!r}: no such folder, and not a name that the hub could have; check --teacher") from None
+        raise ValueError(f"{name!r}: no such folder, and not a name that the hub could have; check the name") from None
     except GatedRepoError:
         raise PermissionError(
             f"{name}: gated on the hub; accept its licence on its page there and run `hf auth login`"

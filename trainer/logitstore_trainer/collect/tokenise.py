@@ -5,7 +5,8 @@ One rule a shape:
   text               the document and a closing EOS, all learned, cut into windows of at most `max_length`.
   prompt+completion  tokenised apart, as a model meets them when it is used; the completion and a closing EOS are
                      learned. A completion that does not fit is truncated (then it has no EOS), a row whose prompt
-                     leaves no room for one learned token is skipped.
+                     leaves no room for one learned token is skipped, and so is one whose completion is empty: the EOS
+                     alone would teach the student to say nothing.
   messages           the tokenizer's chat template, see chat.py; too long is truncated, as above.
 
 Windows of a text overlap by one token. The first token of a window has no prediction, so without the overlap one
@@ -45,6 +46,7 @@ class Counts:
     windows: int = 0
     truncated: int = 0
     prompt_too_long: int = 0
+    empty_completion: int = 0
     too_short: int = 0
     tokens: int = 0
     learned_tokens: int = 0
@@ -65,6 +67,8 @@ class Counts:
             parts.append(f"{self.truncated:,} truncated")
         if self.prompt_too_long:
             parts.append(f"{self.prompt_too_long:,} rows skipped: the prompt fills the window")
+        if self.empty_completion:
+            parts.append(f"{self.empty_completion:,} rows skipped: the completion is empty")
         if self.too_short:
             parts.append(f"{self.too_short:,} rows skipped: too short to learn from")
         return "; ".join(parts)
@@ -120,6 +124,9 @@ class Tokeniser:
                 for input_ids, learned in self.chat.tokenised(row)
                 for sample in self._fitted(row, input_ids, learned, counts)
             ]
+        if not row.columns["completion"].strip():
+            counts.empty_completion += 1
+            return []
         completion_ids = self._closed_ids(row.columns["completion"])
         return self.completed(row, self.prompt_ids(row.columns["prompt"]), completion_ids, counts)
 

@@ -1,0 +1,70 @@
+"""Which of a row's most probable tokens are kept: a fixed number, those above a probability, or those of a mass.
+
+What is not kept is not lost: its mass moves to the tail, exactly, at T = 1 and T = 2.
+
+Letters: N rows, K entries given.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitstore.head_values import HeadFormat
+from logitstore.row_input import GivenRows
+
+
+@dataclass(frozen=True)
+class Selection:
+    """At most k entries; of those, where given, the ones with p >= min_prob, or the first ones up to and including
+    the one with which their mass reaches top_p. The first entry of a row is always kept.
+
+    Raises ValueError for min_prob or top_p outside (0, 1), or both at once.
+    """
+
+    k: int
+    min_prob: float | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_prob", "top_p"):
+            value = getattr(self, name)
+            if value is not None and not _is_fraction(value):
+                raise ValueError(f"{name} must be a number above 0 and below 1, or None, got {value!r}")
+        if self.min_prob is not None and self.top_p is not None:
+            raise ValueError("min_prob and top_p are two rules for one choice; give one of them")
+
+
+def selected(given: GivenRows, selection: Selection, head_format: HeadFormat) -> GivenRows:
+    """The rows with what `selection` does not keep, and what the head format cannot say, moved to their tails."""
+    entry_NK = given.ids >= 0
+    logps_NK = np.where(entry_NK, given.logps, -np.inf)
+    keep_NK = entry_NK & (np.arange(logps_NK.shape[1]) < selection.k)
+    if selection.min_prob is not None:
+        keep_NK &= logps_NK >= np.float32(math.log(selection.min_prob))
+    if selection.top_p is not None:
+        mass_NK = np.cumsum(np.exp(logps_NK.astype(np.float64)), axis=1)
+        keep_NK[:, 1:] &= mass_NK[:, :-1] < selection.top_p
+    with np.errstate(invalid="ignore"):
+        keep_NK &= logps_NK[:, :1] - logps_NK <= head_format.reach_nats
+    keep_NK &= logps_NK >= head_format.least_logp
+    keep_NK[:, :1] = entry_NK[:, :1]
+    return _moved_to_tail(given, logps_NK, entry_NK & ~keep_NK)
+
+
+def _moved_to_tail(given: GivenRows, logps_NK: NDArray[np.float32], moved_NK: NDArray[np.bool_]) -> GivenRows:
+    if not moved_NK.any():
+        return given
+    logps = np.where(moved_NK, logps_NK, -np.inf).astype(np.float64)
+    return GivenRows(
+        np.where(moved_NK, -1, given.ids),
+        given.logps,
+        np.logaddexp(given.tail_logmass, np.logaddexp.reduce(logps, axis=1)).astype(np.float32),
+        np.logaddexp(given.tail_logmoment_half, np.logaddexp.reduce(logps / 2, axis=1)).astype(np.float32),
+    )
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
