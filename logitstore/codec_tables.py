@@ -1,7 +1,8 @@
-"""What calibrating a codec leaves: candidate lists for ids and static symbol tables, as one safetensors file.
+"""What calibrating a codec leaves: candidate lists, static symbol tables and the tail model, as one safetensors file.
 
 The file is named by the SHA-256 of its bytes, which the codec's configuration names too: a blob can only be read with
-the tables that wrote it. Everything in it is integers.
+the tables that wrote it. All that entropy decoding depends on is integers; the floats (tail model, weights and levels
+of corrections) only say what decoded integers stand for.
 
 Letters: C contexts, A alphabet, V vocabulary.
 """
@@ -15,11 +16,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.corrections import CorrectionTables
 from logitstore.entropy_code import StaticTables
 from logitstore.errors import CorruptionError, FormatError
 from logitstore.id_lists import LIST_LENGTH, CandidateLists, IdLists
+from logitstore.tail_model import TailModel
+from logitstore.tail_predictor import TailPredictor
 
 TABLES_VERSION = "1"
+_CORRECTIONS = ("weights", "contexts", "levels")
 _LISTS = ("after", "beside", "together")
 N_ODDS_CONTEXTS, N_RANK_GROUPS, N_TIE_SIZES = 9, 10, 5
 N_ID_CONTEXTS = 3 * N_RANK_GROUPS + N_TIE_SIZES
@@ -34,7 +39,10 @@ _CONTEXTS_OF = {
 
 @dataclass(frozen=True, eq=False)
 class CodecTables:
-    """lists: candidates for ids. odds, excess, counts, values, ids: symbol frequencies of each kind of number."""
+    """lists: candidates for ids. odds, excess, counts, values, ids: symbol frequencies of each kind of number.
+
+    tail: the model of a predicted tail, None for others; corrections: how what it leaves over is coded, None where
+    nothing of it is."""
 
     lists: IdLists
     odds: StaticTables
@@ -42,6 +50,15 @@ class CodecTables:
     counts: StaticTables
     values: StaticTables
     ids: StaticTables
+    tail: TailModel | None = None
+    corrections: CorrectionTables | None = None
+
+    @cached_property
+    def predictor(self) -> TailPredictor:
+        """Runs the tail model. Raises CorruptionError for tables without one."""
+        if self.tail is None:
+            raise CorruptionError("codec tables hold no tail model, which a predicted tail needs")
+        return TailPredictor(self.tail)
 
     @cached_property
     def file_bytes(self) -> bytes:
@@ -53,6 +70,12 @@ class CodecTables:
             candidates: CandidateLists = getattr(self.lists, name)
             arrays |= {f"{name}.offsets": candidates.offsets, f"{name}.members": candidates.members}
         arrays |= {f"symbols.{name}": getattr(self, name).frequencies for name in _CONTEXTS_OF}
+        if self.tail is not None:
+            arrays |= {f"tail.{name}": array for name, array in self.tail.arrays.items()}
+        if self.corrections is not None:
+            arrays |= {f"corrections.{name}": getattr(self.corrections, name) for name in _CORRECTIONS}
+            arrays["corrections.step"] = np.array([self.corrections.step])
+            arrays["symbols.corrections"] = self.corrections.symbols.frequencies
         return save(arrays, metadata={"logitstore.tables": TABLES_VERSION})
 
     @cached_property
@@ -75,6 +98,7 @@ def tables_from_bytes(content: bytes, *, vocab_size: int) -> CodecTables:
         lists = {name: _candidates(arrays, name, vocab_size) for name in _LISTS}
         by_frequency = arrays["by_frequency"]
         symbols = {name: StaticTables(arrays[f"symbols.{name}"]) for name in _CONTEXTS_OF}
+        tail, corrections = _tail(arrays, vocab_size), _corrections(arrays)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FormatError(f"not a file of codec tables: {error}") from None
     if by_frequency.dtype != np.int32 or not np.array_equal(np.sort(by_frequency), np.arange(vocab_size)):
@@ -82,7 +106,28 @@ def tables_from_bytes(content: bytes, *, vocab_size: int) -> CodecTables:
     for name, tables in symbols.items():
         if tables.n_contexts != _CONTEXTS_OF[name]:
             raise CorruptionError(f"symbols.{name} has {tables.n_contexts} contexts, expected {_CONTEXTS_OF[name]}")
-    return CodecTables(lists=IdLists(by_frequency=by_frequency, **lists), **symbols)
+    lists = IdLists(by_frequency=by_frequency, **lists)
+    return CodecTables(lists=lists, **symbols, tail=tail, corrections=corrections)
+
+
+def _tail(arrays: dict[str, NDArray], vocab_size: int) -> TailModel | None:
+    own = {name.removeprefix("tail."): array for name, array in arrays.items() if name.startswith("tail.")}
+    if not own:
+        return None
+    model = TailModel(own)
+    if model.vocab_size != vocab_size:
+        raise CorruptionError(f"tail model is for a vocabulary of {model.vocab_size}, the codec has {vocab_size}")
+    return model
+
+
+def _corrections(arrays: dict[str, NDArray]) -> CorrectionTables | None:
+    if "corrections.step" not in arrays:
+        return None
+    step = arrays["corrections.step"]
+    if step.shape != (1,) or step.dtype != np.float64 or not (np.isfinite(step[0]) and step[0] > 0):
+        raise CorruptionError(f"step of corrections is {step!r}, expected one float64 above 0")
+    parts = {name: arrays[f"corrections.{name}"] for name in _CORRECTIONS}
+    return CorrectionTables(float(step[0]), **parts, symbols=StaticTables(arrays["symbols.corrections"]))
 
 
 def _version(content: bytes) -> str | None:

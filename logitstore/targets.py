@@ -7,6 +7,7 @@ without entries is absent: nothing was stored for it (its label is not to be lea
 Letters: R rows, E entries of all rows together, V vocabulary, L sequence length.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from logitstore.errors import CorruptionError, SpecMismatchError
 from logitstore.temperature import segment_logsumexp, shifted_head, tail_logmoment
 
 _WEIGHT_SUM_ERROR = 1e-3
+_CHUNK_NUMBERS = 1 << 23  # of a dense chunk, 32 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,9 @@ class TeacherTargets:
     logps = code_scale * table[codes] + code_offset. vocab_size and input_ids [R+1] int32 bind the rows to their text.
     samples: None, or the mark of rows that were sampled. Then logps are ln of weights whose expectation is p, a row's
     weights sum to 1, there is no tail, and T = 1 is the only temperature.
-    teacher_coefs, corrections and tail_model are for codecs that predict the tail, None elsewhere.
+    tail_model: what predicts the tail's shape (a TailPredictor), None where it is uniform. corrections [R, width]
+    float32: what is added to the first coefficients of the prediction, None where nothing is; 0 in absent rows.
+    teacher_coefs [R, r] float32: the coefficients of the teacher's own logits, where targets come from them.
     """
 
     offsets: NDArray[np.int64]
@@ -132,13 +136,37 @@ class TeacherTargets:
     def dense_logprobs(self, temperature: float = 1.0) -> NDArray[np.float32]:
         """ln q_T over the vocabulary, float32 [R, V]: the distribution that the store stands for, at temperature T.
 
-        The head is shifted to a mass of 1 - tail mass, head and tail are tempered, the tail's mass is spread
-        uniformly over its tokens, and the row is normalised. Sampled rows are -inf where no token was kept. Absent
-        rows are NaN. It allocates R x V numbers: meant for measurement; training uses the loss kernels, which never do.
+        The head is shifted to a mass of 1 - tail mass, head and tail are tempered, the tail's mass is spread over its
+        tokens (uniformly, or as the tail model says), and the row is normalised. Sampled rows are -inf where no token
+        was kept. Absent rows are NaN. It allocates R x V numbers: meant for measurement; training uses the loss
+        kernels, which never do.
 
         Raises ValueError for a temperature that is not positive, SpecMismatchError for one other than 1 where the rows
         are sampled.
         """
+        dense = np.empty((self.n_rows, self.vocab_size), np.float32)
+        for start, logprobs in self._dense_chunks(temperature):
+            dense[start : start + len(logprobs)] = logprobs
+        return dense
+
+    def logprobs_at(self, ids_RM: NDArray[np.integer], temperature: float = 1.0) -> NDArray[np.float32]:
+        """ln q_T at given tokens, float32 [R, M], of ids [R, M] in the vocabulary: dense_logprobs without holding it.
+
+        Raises ValueError for ids of another number of rows or outside the vocabulary, else as dense_logprobs does.
+        """
+        ids = np.asarray(ids_RM)
+        if ids.ndim != 2 or len(ids) != self.n_rows or ids.dtype.kind not in "iu":
+            raise ValueError(f"ids must be integers [{self.n_rows}, M], got {ids.dtype} {ids.shape}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
+        at = np.empty(ids.shape, np.float32)
+        for start, logprobs in self._dense_chunks(temperature):
+            rows = slice(start, start + len(logprobs))
+            at[rows] = np.take_along_axis(logprobs, ids[rows], axis=1)
+        return at
+
+    def _dense_chunks(self, temperature: float) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first row, ln q_T of some rows [n, V]), chunk by chunk."""
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if self.is_sampled and temperature != 1:
@@ -147,17 +175,47 @@ class TeacherTargets:
                 "alone; use temperature 1, or store with codec 'topk'"
             )
         counts = self.counts
-        n_tail_R = self.vocab_size - counts
         head_E = shifted_head(self.logps, self.offsets, self.tail_logmass) / temperature
-        rho_R = tail_logmoment(self.tail_logmass, self.tail_logmoment_half, n_tail_R, temperature=temperature)
+        rho_R = tail_logmoment(
+            self.tail_logmass, self.tail_logmoment_half, self.vocab_size - counts, temperature=temperature
+        )
         log_normaliser_R = np.logaddexp(segment_logsumexp(head_E, self.offsets), rho_R)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            tail_R = np.where(n_tail_R > 0, rho_R - np.log(np.maximum(n_tail_R, 1)) - log_normaliser_R, -np.inf)
-        tail_R[counts == 0] = np.nan
-        dense = np.repeat(tail_R.astype(np.float32)[:, None], self.vocab_size, axis=1)
-        row_E = np.repeat(np.arange(self.n_rows), counts)
-        dense[row_E, self.ids] = head_E - np.repeat(log_normaliser_R, counts)
-        return dense
+        head_E -= np.repeat(log_normaliser_R, counts)
+        coefs_Rr = self._coefs()
+        n_chunk = max(1, _CHUNK_NUMBERS // self.vocab_size)
+        for start in range(0, self.n_rows, n_chunk):
+            rows = slice(start, min(start + n_chunk, self.n_rows))
+            entries = slice(self.offsets[rows.start], self.offsets[rows.stop])
+            row_E = np.repeat(np.arange(rows.stop - start), counts[rows])
+            shape_NV = np.zeros((rows.stop - start, self.vocab_size), np.float32)
+            if coefs_Rr is not None:
+                shape_NV = self.tail_model.tail_logits(coefs_Rr[rows]) / np.float32(temperature)
+            shape_NV[row_E, self.ids[entries]] = -np.inf
+            with np.errstate(invalid="ignore"):
+                level_N = (rho_R - log_normaliser_R)[rows] - _logsumexp_rows(shape_NV)
+                level_N[np.isneginf(rho_R[rows])] = -np.inf
+                level_N[counts[rows] == 0] = np.nan
+                shape_NV += level_N.astype(np.float32)[:, None]
+            shape_NV[row_E, self.ids[entries]] = head_E[entries]
+            yield start, shape_NV
+
+    def _coefs(self) -> NDArray[np.float32] | None:
+        """Coefficients of the tails' logits [R, r], None where tails are uniform."""
+        if self.tail_model is None:
+            return None
+        (coefs_Rr,) = self.tail_model.predicted([self])
+        if self.corrections is not None:
+            coefs_Rr = coefs_Rr.copy()
+            coefs_Rr[:, : self.corrections.shape[1]] += self.corrections
+        return coefs_Rr
+
+
+def _logsumexp_rows(values_NV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """ln of the sum of e^values over each row [N]; -inf for a row of nothing but -inf."""
+    peak_N = values_NV.max(axis=1)
+    peak_N[np.isneginf(peak_N)] = 0
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(values_NV - peak_N[:, None]).sum(axis=1, dtype=np.float64)) + peak_N
 
 
 def _refuse(rows: NDArray[np.int64], broken: NDArray[np.bool_], what: str) -> None:

@@ -40,6 +40,8 @@ def require_int(name: str, value: Any, least: int, most: int) -> int:
 
 def require_tables(codec: Codec) -> CodecTables:
     """The tables of a fitted codec. Raises SpecMismatchError where they are not at hand."""
+    if codec.tables_sha256 is None:
+        raise SpecMismatchError("codec predicts its tail and was not fitted: logitstore.calibrate fits it to a sample")
     if codec.tables is None:
         raise SpecMismatchError(
             f"codec needs its tables {codec.tables_sha256}: open the store beside its .tables folder, or use "

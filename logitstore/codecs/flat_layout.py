@@ -30,7 +30,8 @@ CODEC_ID = 1
 
 class StoredRows(NamedTuple):
     """What a layout stores and gives back: offsets [R+1], ids [E] int32, head codes [E], moment codes (odds, excess)
-    [P] uint16, and scale and offset [R] float32 where the head format stores them."""
+    [P] uint16, scale and offset [R] float32 where the head format stores them, and the steps of corrections
+    [P, width] int32 where the codec has such."""
 
     offsets: NDArray[np.int64]
     ids: NDArray[np.int32]
@@ -38,6 +39,7 @@ class StoredRows(NamedTuple):
     moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]]
     scale: NDArray[np.float32] | None
     offset: NDArray[np.float32] | None
+    correction_steps: NDArray[np.int32] | None = None
 
 
 def encode_flat(header: BlobHeader, head_format: HeadFormat, rows: StoredRows) -> bytes:

@@ -1,9 +1,9 @@
 """Blob layout 2: ids as ranks in fitted candidate lists, everything entropy coded with fitted static tables.
 
-A blob's numbers are coded in five groups, each with contexts that what came before decides: log-odds of the tails,
-excesses of the half moments, counts of entries, head codes, id codes. Within a row, entries whose head codes are
-equal are in the order of their id codes, the first entry excepted: the order of equals says nothing, and coding only
-the difference to the code before saves a tenth to a fifth of the id bytes (log head, step 1/2).
+A blob's numbers are coded in groups, each with contexts that what came before decides: log-odds of the tails, excesses
+of the half moments, counts of entries, head codes, id codes, and corrections of a predicted tail. Within a row, entries
+whose head codes are equal are in the order of their id codes, the first entry excepted: the order of equals says
+nothing, and coding only the difference to the code before saves a tenth to a fifth of the id bytes (log head, 1/2).
 
 Unfitted and badly fitted tables cost bytes and never correctness: every number has a code in every table.
 
@@ -20,6 +20,7 @@ from logitstore.blob import BlobHeader, pack_blob
 from logitstore.codec_tables import N_RANK_GROUPS, N_TIE_SIZES, CodecTables
 from logitstore.codecs.checks import check_counts
 from logitstore.codecs.flat_layout import StoredRows
+from logitstore.corrections import FIRST_CODED, row_classes, undo_zigzag, zigzag
 from logitstore.entropy_code import (
     RawBits,
     SymbolDecoder,
@@ -37,7 +38,7 @@ from logitstore.tail_moments import COARSE, NO_TAIL, ODDS_OFFSET
 
 CODEC_ID = 2
 _CENTRE = int((ODDS_OFFSET - 2) * COARSE.odds_steps)  # tails of e^-2 are the most common
-_BYTES_OF_ROW, _BYTES_OF_ENTRY = 24, 9  # more than any row or entry can take
+_BYTES_OF_ROW, _BYTES_OF_ENTRY, _BYTES_OF_CORRECTION = 24, 9, 5  # more than any of them can take
 
 
 class EntryContext(NamedTuple):
@@ -65,13 +66,17 @@ def encode_ranked(
     odds, excess = zigzag_moments(rows.moment_codes)
     odds_context = odds_contexts(odds)
     id_codes = codes_of_ids(tables.lists, rows.ids, tokens, rows.offsets, context)
-    groups = (
+    groups = [
         (tables.odds, odds, np.zeros_like(odds)),
         (tables.excess, excess, odds_context),
         (tables.counts, counts[present] - 1, odds_context),
         (tables.values, head_steps(rows.codes, rows.offsets, head_format), rank_groups(context.rank)),
         (tables.ids, differences_of_tied(id_codes, context.tied), context.id_context),
-    )
+    ]
+    if tables.corrections is not None and rows.correction_steps is not None:
+        contexts = tables.corrections.contexts[row_classes(excess, odds_context)]
+        coded = contexts >= FIRST_CODED
+        groups.append((tables.corrections.symbols, zigzag(rows.correction_steps[coded]), contexts[coded]))
     encoder, raw, n_raw = SymbolEncoder(), [], []
     for symbol_tables, numbers, contexts in groups:
         symbols, bits, n_bits = split_integers(numbers)
@@ -124,19 +129,24 @@ def decode_ranked(
     check_counts(counts, header, max_entries=k)
     offsets = offsets_of(counts)
     rank = np.arange(header.n_entries) - np.repeat(offsets[:-1], counts)
-    steps = numbers(tables.values, rank_groups(rank))
-    codes = codes_of_steps(steps, offsets, head_format)
+    codes = codes_of_steps(numbers(tables.values, rank_groups(rank)), offsets, head_format)
     context = entry_context(codes, offsets)
     id_codes = undo_differences_of_tied(numbers(tables.ids, context.id_context), context.tied)
+    steps = None
+    if tables.corrections is not None:
+        contexts = tables.corrections.contexts[row_classes(excess, odds_context)]
+        coded = contexts >= FIRST_CODED
+        steps = np.zeros(contexts.shape, np.int32)
+        steps[coded] = undo_zigzag(numbers(tables.corrections.symbols, contexts[coded]))
     decoder.finish()
     raw.finish()
     ids = ids_of_codes(tables.lists, id_codes, tokens, offsets, context)
-    return StoredRows(offsets, ids, codes, moment_codes_of(odds, excess), scale, offset)
+    return StoredRows(offsets, ids, codes, moment_codes_of(odds, excess), scale, offset, steps)
 
 
-def max_row_bytes(vocab_size: int, k: int) -> int:
+def max_row_bytes(vocab_size: int, k: int, n_corrections: int) -> int:
     """Bytes that no row exceeds."""
-    return _BYTES_OF_ROW + min(k, vocab_size) * _BYTES_OF_ENTRY
+    return _BYTES_OF_ROW + min(k, vocab_size) * _BYTES_OF_ENTRY + n_corrections * _BYTES_OF_CORRECTION
 
 
 def canonical_order(lists: IdLists, rows: StoredRows, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -221,6 +231,12 @@ def odds_contexts(odds: NDArray[np.int64]) -> NDArray[np.int64]:
     distance = np.where(odds & 1, (odds - 1) >> 1, -(odds >> 1))
     nats = distance / COARSE.odds_steps - 2
     return np.where(odds == 0, 0, 1 + np.clip(np.floor(nats / 2) + 4, 0, 7)).astype(np.int64)
+
+
+def moment_classes(moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]]) -> NDArray[np.int64]:
+    """The class of each present row [P], which decides how its corrections are coded."""
+    odds, excess = zigzag_moments(moment_codes)
+    return row_classes(excess, odds_contexts(odds))
 
 
 def codes_of_ids(

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +67,31 @@ def calibrate(codec: Codec, logits: Any, input_ids: Any, keep_mask: Any = None) 
     """
     if not isinstance(codec, tuple(CODECS.values())):
         raise TypeError(f"calibrate takes a codec of make_codec or load_codec, got {type(codec).__name__}")
-    return codec.calibrated(_samples(logits, input_ids, keep_mask))
+    return codec.calibrated(_Samples(logits, input_ids, keep_mask))
 
 
-def _samples(logits: Any, input_ids: Any, keep_mask: Any) -> Iterator[tuple[Any, Any, Any]]:
-    if hasattr(logits, "shape"):
-        yield logits, input_ids, keep_mask
-        return
-    masks = itertools.repeat(None) if keep_mask is None else keep_mask
-    no_more = object()
-    iterators = iter(logits), iter(input_ids), iter(masks)
-    while True:
-        sample = tuple(next(iterator, no_more) for iterator in iterators)
-        if sample[0] is no_more and sample[1] is no_more:
+@dataclass(frozen=True)
+class _Samples:
+    """(logits, input_ids, keep_mask) of each sample, as often as it is asked for them."""
+
+    logits: Any
+    input_ids: Any
+    keep_mask: Any
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        if hasattr(self.logits, "shape"):
+            yield self.logits, self.input_ids, self.keep_mask
             return
-        if any(part is no_more for part in sample):
-            raise ValueError("logits, input_ids and keep_mask hold different numbers of samples")
-        yield sample
+        masks = itertools.repeat(None) if self.keep_mask is None else self.keep_mask
+        no_more = object()
+        iterators = iter(self.logits), iter(self.input_ids), iter(masks)
+        while True:
+            sample = tuple(next(iterator, no_more) for iterator in iterators)
+            if sample[0] is no_more and sample[1] is no_more:
+                return
+            if any(part is no_more for part in sample):
+                raise ValueError("logits, input_ids and keep_mask hold different numbers of samples")
+            yield sample
 
 
 def codec_from_config(config: dict[str, Any]) -> Codec:

@@ -1,0 +1,135 @@
+"""Corrections of a predicted tail: what the prediction leaves over, quantised with one step size.
+
+The coefficients' basis is such that equal errors cost equal KL on average; how much an error costs in one row depends
+on the row, and follows to good part from its tail's moments, which a decoder has. Rows fall into classes by the codes
+of their moments (integers, so that no machine's rounding decides); a class has a weight, and a row's step is
+tail_step / sqrt(weight). Which table a coefficient is coded with follows from its spread, class by direction; those
+whose spread is far below the step are not coded at all.
+
+Values are put back at the centre of what was rounded to them, not in the middle of their interval.
+
+Letters: R rows, r coefficients, C classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitstore.entropy_code import StaticTables, fitted_tables, split_integers
+from logitstore.errors import CorruptionError
+from logitstore.tail_moments import COARSE
+
+N_ODDS, N_EXCESS = 9, 8
+N_CLASSES = N_ODDS * N_EXCESS
+N_CONTEXTS = 30
+FIRST_CODED = 3  # contexts below: a spread of less than a quarter of a step
+DEAD_ZONE = 0.165  # how much further than half a step a value must be from zero to be coded as one step
+N_LEVELS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectionTables:
+    """weights float32 [C] > 0: of an error in a row of each class. contexts uint8 [C, r]: the table of each
+    coefficient, below FIRST_CODED where it is not coded. levels float32 [N_CONTEXTS, 3]: where values of 1, 2 and more
+    steps are put back, in steps (of the last: its distance from the whole number). symbols: the tables."""
+
+    step: float
+    weights: NDArray[np.float32]
+    contexts: NDArray[np.uint8]
+    levels: NDArray[np.float32]
+    symbols: StaticTables
+
+    def __post_init__(self) -> None:
+        weights, contexts, levels = self.weights, self.contexts, self.levels
+        if weights.shape != (N_CLASSES,) or weights.dtype != np.float32 or not np.all((weights > 0) & (weights < 2)):
+            raise CorruptionError(f"weights of corrections are {weights.dtype} {weights.shape}, or not above 0")
+        if contexts.ndim != 2 or len(contexts) != N_CLASSES or contexts.dtype != np.uint8:
+            raise CorruptionError(f"contexts of corrections are {contexts.dtype} {contexts.shape}")
+        if contexts.size and contexts.max() >= N_CONTEXTS:
+            raise CorruptionError(f"a correction has context {contexts.max()}, there are {N_CONTEXTS}")
+        if levels.shape != (N_CONTEXTS, N_LEVELS) or levels.dtype != np.float32 or not np.isfinite(levels).all():
+            raise CorruptionError(f"levels of corrections are {levels.dtype} {levels.shape}, or not finite")
+        if self.symbols.n_contexts != N_CONTEXTS:
+            raise CorruptionError(f"corrections have {self.symbols.n_contexts} symbol tables, expected {N_CONTEXTS}")
+
+    @property
+    def width(self) -> int:
+        """Coefficients that are coded in some class; those behind them never are."""
+        return self.contexts.shape[1]
+
+    def quantised(self, errors_Rr: NDArray[np.float32], classes_R: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Whole steps [R, width], 0 where a coefficient is not coded."""
+        scaled = errors_Rr[:, : self.width] * (np.sqrt(self.weights[classes_R]) / np.float32(self.step))[:, None]
+        steps = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5 - DEAD_ZONE))
+        steps[self.contexts[classes_R] < FIRST_CODED] = 0
+        return np.clip(steps, -(1 << 20), 1 << 20).astype(np.int32)
+
+    def corrections(self, steps_Rr: NDArray[np.int32], classes_R: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What these steps add to the prediction [R, width] float32."""
+        size = np.abs(steps_Rr)
+        level = self.levels[self.contexts[classes_R], np.clip(size, 1, N_LEVELS) - 1]
+        value = np.where(size >= N_LEVELS, size + level, level) * np.sign(steps_Rr)
+        return (value * (np.float32(self.step) / np.sqrt(self.weights[classes_R]))[:, None]).astype(np.float32)
+
+
+def row_classes(
+    moment_codes: tuple[NDArray[np.integer], NDArray[np.integer]], odds_context: NDArray
+) -> NDArray[np.int64]:
+    """The class of each present row, from the coarse codes of its moments and the context of its odds (0 to 8)."""
+    excess = np.minimum(moment_codes[1].astype(np.int64) // int(COARSE.excess_steps / 2), N_EXCESS - 1)
+    return odds_context * N_EXCESS + excess
+
+
+def fit_corrections(
+    step: float, errors_Rr: NDArray[np.float32], weights_R: NDArray[np.float32], classes_R: NDArray[np.int64]
+) -> CorrectionTables:
+    """The tables for errors [R, r] of predictions in rows of these weights and classes."""
+    overall = float(weights_R.mean())
+    weights = np.full(N_CLASSES, overall)
+    scale = np.ones(N_CLASSES)
+    counts = np.bincount(classes_R, minlength=N_CLASSES)
+    weights += (np.bincount(classes_R, weights_R, N_CLASSES) - counts * overall) / (counts + 10)
+    weights = np.clip(weights, 1e-6, 1.5).astype(np.float32)
+    weighted = errors_Rr * np.sqrt(weights[classes_R])[:, None]
+    spread = np.sqrt(np.mean(weighted.astype(np.float64) ** 2, axis=0)) + 1e-12
+    row_energy = np.mean((weighted / spread) ** 2, axis=1)
+    scale = np.sqrt((np.bincount(classes_R, row_energy, N_CLASSES) + 10) / (counts + 10))
+    contexts = np.clip(np.rint(3 * np.log2(scale[:, None] * spread[None] / step)) + 9, 0, N_CONTEXTS - 1)
+    coded = np.flatnonzero((contexts >= FIRST_CODED).any(axis=0))
+    width = int(coded[-1]) + 1 if len(coded) else 0
+    contexts = contexts[:, :width].astype(np.uint8)
+    no_symbols = fitted_tables(np.zeros(0, np.int64), np.zeros(0, np.int64), N_CONTEXTS)
+    levels = np.tile(np.array([1, 2, 0], np.float32), (N_CONTEXTS, 1))
+    tables = CorrectionTables(step, weights, contexts, levels, no_symbols)
+    steps = tables.quantised(errors_Rr, classes_R)
+    coded_Rr = contexts[classes_R] >= FIRST_CODED
+    symbols, _, _ = split_integers(zigzag(steps[coded_Rr]))
+    fitted = fitted_tables(symbols, contexts[classes_R][coded_Rr], N_CONTEXTS)
+    levels = _centres(steps, weighted[:, :width] / np.float32(step), contexts[classes_R])
+    return CorrectionTables(step, weights, contexts, levels, fitted)
+
+
+def _centres(
+    steps_Rr: NDArray[np.int32], scaled_Rr: NDArray[np.float32], contexts_Rr: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """Mean of what was rounded to 1 and 2 steps, and mean distance from the whole number for more, by context."""
+    size = np.abs(steps_Rr)
+    level = np.clip(size, 1, N_LEVELS) - 1
+    distance = np.abs(scaled_Rr) - size
+    some = size > 0
+    keys = contexts_Rr[some].astype(np.int64) * N_LEVELS + level[some]
+    counts = np.bincount(keys, minlength=N_CONTEXTS * N_LEVELS)
+    shift = np.bincount(keys, distance[some], N_CONTEXTS * N_LEVELS) / (counts + 20)
+    return (shift.reshape(N_CONTEXTS, N_LEVELS) + np.array([1, 2, 0])).astype(np.float32)
+
+
+def zigzag(numbers: NDArray[np.integer]) -> NDArray[np.int64]:
+    """0, -1, 1, -2, 2 ... as 0, 1, 2, 3, 4 ..."""
+    wide = numbers.astype(np.int64)
+    return np.where(wide < 0, -2 * wide - 1, 2 * wide)
+
+
+def undo_zigzag(numbers: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The numbers of which zigzag made these."""
+    return np.where(numbers & 1, -((numbers + 1) >> 1), numbers >> 1)

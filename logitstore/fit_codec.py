@@ -1,0 +1,133 @@
+"""Fits a top-k codec: tables for its numbers, and where its tail is predicted, the tail model and the corrections.
+
+The rows of the sample are read once, their 64 most probable tokens and hidden states are held, and everything is fitted
+on them; only a codec that keeps more tokens reads the logits again.
+
+Letters: L sequence length, R rows, V vocabulary, r coefficients.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logitstore.codecs.ranked_layout import moment_classes
+from logitstore.corrections import CorrectionTables, fit_corrections
+from logitstore.fit_tables import fit_tables, joined
+from logitstore.logits_source import FactoredLogits
+from logitstore.tail_fit import TailFitSettings, fit_tail_model
+from logitstore.tail_model import TailModel
+from logitstore.tail_moments import COARSE, encode_moments
+from logitstore.tail_predictor import TailPredictor
+from logitstore.tail_rows import ENTRIES, Sample, TailRows, tail_rows
+from logitstore.targets import TeacherTargets
+from logitstore.temperature import segment_logsumexp, shifted_head
+
+if TYPE_CHECKING:
+    from logitstore.codecs.topk import TopKCodec
+
+CORRECTION_ROWS = 40_000
+PASSES = 40  # over a small sample; a large one is seen as often as TailFitSettings.rows_seen says
+
+
+def fitted_on_samples(codec: "TopKCodec", samples: Iterable[Sample]) -> "TopKCodec":
+    """The codec fitted to a re-iterable of samples (logits [L, V], input_ids [L], keep_mask [L-1] or None)."""
+    if codec.tail == "residual":
+        unfitted = codec.unfitted()
+        targets = (unfitted.targets_from_logits(*sample) for sample in samples)
+        return codec.refitted(fit_tables(joined(targets), codec.head_format, codec.vocab_size))
+    rows = tail_rows(samples, codec.vocab_size)
+    tail = codec.tables.tail if codec.tables is not None else None
+    if codec.k <= ENTRIES:
+        return fitted_on_rows(codec, rows, tail)
+    unfitted = codec.unfitted()
+    return _fitted(codec, rows, [unfitted.targets_from_logits(*sample) for sample in samples], tail)
+
+
+def fitted_on_rows(codec: "TopKCodec", rows: TailRows, tail: TailModel | None = None) -> "TopKCodec":
+    """The codec, of at most 64 entries, fitted to rows; tail: a model that was fitted before, None to fit one."""
+    return _fitted(codec, rows, list(targets_of_rows(codec.unfitted(), rows)), tail)
+
+
+def fit_tail(
+    rows: TailRows, settings: TailFitSettings | None = None, on_step: Callable[[int, int, float], Any] | None = None
+) -> TailModel:
+    """fit_tail_model with no more passes over a small sample than do it good."""
+    settings = settings or TailFitSettings()
+    settings = replace(settings, rows_seen=min(settings.rows_seen, PASSES * rows.n_rows))
+    return fit_tail_model(rows, settings, on_step=on_step)
+
+
+def targets_of_rows(codec: "TopKCodec", rows: TailRows) -> Iterator[TeacherTargets]:
+    """What a codec of at most 64 entries keeps of each sequence."""
+    for index, tokens, keep in _sequences(rows):
+        logps = rows.logps[index].numpy()
+        head = np.exp(logps.astype(np.float64))
+        mass = np.log1p(-np.minimum(head.sum(axis=1), 1 - 1e-7))
+        half_of_all = np.exp(rows.lse_2[index].numpy().astype(np.float64) - rows.lse_1[index].numpy() / 2)
+        half = np.log(np.maximum(half_of_all - np.sqrt(head).sum(axis=1), 1e-7))
+        coefs = None
+        if codec.tail == "predicted" and codec.tail_step is not None and codec.tables is not None:
+            coefs = codec.tables.predictor.teacher_coefs(*_hidden(rows, index))
+        moments = mass.astype(np.float32), half.astype(np.float32)
+        yield codec.targets_from_topk(rows.ids[index].numpy(), logps, *moments, tokens, keep, teacher_coefs=coefs)
+
+
+def _fitted(
+    codec: "TopKCodec", rows: TailRows, targets: Sequence[TeacherTargets], tail: TailModel | None
+) -> "TopKCodec":
+    tables = fit_tables(joined(targets), codec.head_format, codec.vocab_size)
+    if codec.tail != "predicted":
+        return codec.refitted(tables)
+    tables = replace(tables, tail=tail if tail is not None else fit_tail(rows))
+    if codec.tail_step is not None:
+        tables = replace(tables, corrections=_corrections(codec.tail_step, rows, targets, tables.predictor))
+    return codec.refitted(tables)
+
+
+def _corrections(
+    step: float, rows: TailRows, targets: Sequence[TeacherTargets], predictor: TailPredictor
+) -> CorrectionTables:
+    errors, weights, classes = [], [], []
+    every = max(1, rows.n_rows // CORRECTION_ROWS)
+    for number, (index, _, _) in enumerate(_sequences(rows)):
+        if number % every:
+            continue
+        sequence = targets[number]
+        (predicted,) = predictor.predicted([sequence])
+        errors.append(predictor.teacher_coefs(*_hidden(rows, index)) - predicted[sequence.present])
+        weights.append(tail_weights(sequence))
+        classes.append(classes_of(sequence))
+    return fit_corrections(step, *(np.concatenate(parts) for parts in (errors, weights, classes)))
+
+
+def classes_of(targets: TeacherTargets) -> np.ndarray:
+    """The class of each present row of targets, for corrections."""
+    present = targets.present
+    return moment_classes(encode_moments(targets.tail_logmass[present], targets.tail_logmoment_half[present], COARSE))
+
+
+def tail_weights(targets: TeacherTargets) -> np.ndarray:
+    """How much an error in the tail of each present row counts: the mean of its masses at T = 1 and T = 2."""
+    head_half = segment_logsumexp(
+        shifted_head(targets.logps, targets.offsets, targets.tail_logmass) / 2, targets.offsets
+    )[targets.present]
+    half = targets.tail_logmoment_half[targets.present].astype(np.float64)
+    share_2 = np.exp(half - np.logaddexp(head_half, half))
+    return ((np.exp(targets.tail_logmass[targets.present].astype(np.float64)) + share_2) / 2).astype(np.float32)
+
+
+def _sequences(rows: TailRows) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, tokens [L], keep_mask [L-1]) of each sequence."""
+    starts = np.searchsorted(rows.sequence.numpy(), np.arange(rows.n_sequences + 1))
+    for number, tokens in enumerate(rows.tokens):
+        index = slice(int(starts[number]), int(starts[number + 1]))
+        keep = np.zeros(len(tokens) - 1, bool)
+        keep[rows.position[index].numpy()] = True
+        yield index, tokens, keep
+
+
+def _hidden(rows: TailRows, index: slice) -> tuple[FactoredLogits, np.ndarray]:
+    hidden = rows.hidden[index]
+    return FactoredLogits(hidden, rows.lm_head, rows.bias), np.arange(len(hidden))

@@ -1,0 +1,416 @@
+"""Fits a tail model to rows of a teacher, on the KL at T = 1 and T = 2 together.
+
+The embedding is the teacher's head in its Fisher-weighted principal directions; prior and posterior start from ridge
+regression and the covariance that it leaves, the network from zero, and everything is trained with Adam on
+KL(teacher || prediction) with the head exact. A step computes the KL on the likeliest 4,096 tokens and as many of the
+others drawn at random and weighed up, which is an eighth of a 49k vocabulary. How many entries a row has, by count or
+by probability, how coarse its values are and how much of a sequence is stored are drawn at random, so that one model
+serves every configuration. The output is expressed in all directions of the head, ordered by how much the prediction
+leaves of them, which is the basis that corrections are coded in.
+
+Seeded: the same rows and seed give the same model, up to how matrix products are rounded on a machine.
+
+Letters: B batch, L rows of the longest sequence, K entries, V vocabulary, D width of the head, p width of the
+embedding, r coefficients, M columns of a step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logitstore.tail_model import CONTEXT_WIDTH, TailInputs, TailModel, latent_mean, n_inputs
+from logitstore.tail_rows import TailRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FISHER_ROWS = 6144
+RIDGE_ROWS = 100_000
+TRAINED = (
+    "prior",
+    "current_map",
+    "next_map",
+    "factor",
+    "noise",
+    "context_map",
+    "hidden_map",
+    "hidden_bias",
+    "output_map",
+    "output_bias",
+    "head_map",
+    "head_bias",
+)
+SLOW = {"prior": 0.1, "current_map": 0.1, "next_map": 0.1, "factor": 0.1, "head_map": 0.15, "head_bias": 0.15}
+
+
+@dataclass(frozen=True)
+class TailFitSettings:
+    """width p and hidden units of the network; rank: coefficients, None for the head's own width (1,024 at most).
+    rows_seen: over how many rows training goes, passes times rows. batch_rows: rows of a step. columns: tokens of a
+    step, the likeliest half always. entries: range of the number of entries. seed: of everything drawn."""
+
+    width: int = 192
+    hidden: int = 224
+    rank: int | None = None
+    rows_seen: int = 800_000
+    batch_rows: int = 512
+    columns: int = 8192
+    entries: tuple[int, int] = (4, 32)
+    lr: float = 2e-3
+    seed: int = 0
+
+
+def fit_tail_model(
+    rows: TailRows, settings: TailFitSettings | None = None, *, on_step: Callable[[int, int, float], Any] | None = None
+) -> TailModel:
+    """The tail model of these rows. on_step is called with (step, steps, loss in nats) as training goes on."""
+    import torch
+
+    settings = settings or TailFitSettings()
+    generator = torch.Generator().manual_seed(settings.seed)
+    mean_hidden = rows.hidden.float().mean(0)
+    fisher = tail_fisher(rows, _some(rows.n_rows, FISHER_ROWS, generator))
+    width = min(settings.width, rows.lm_head.shape[1])
+    embedding, bias = _embedding(rows, mean_hidden, fisher.metric, width)
+    parameters = _initial_parameters(rows, mean_hidden, embedding, fisher.metric, settings, generator)
+    _train(rows, embedding, bias, fisher.column_weights, parameters, settings, generator, on_step)
+    return _in_residual_basis(rows, embedding, bias, fisher, parameters, settings, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class TailFisher:
+    """metric [D, D]: mean over rows of the tails' Fisher information in the hidden state, T = 1 and T = 2 added.
+    column_weights [V]: mean probability of each token in the tails, T = 1 and a quarter of T = 2 added."""
+
+    metric: "Tensor"
+    column_weights: "Tensor"
+
+
+def tail_fisher(rows: TailRows, chosen: "Tensor", n_entries: int = 16) -> TailFisher:
+    """The metric in which errors of the hidden state cost KL, to second order: KL = e^T metric e / 2."""
+    import torch
+
+    lm_head, n_entries = rows.lm_head, min(n_entries, rows.ids.shape[1])
+    width = lm_head.shape[1]
+    second, column_weights = torch.zeros(width, width), torch.zeros(len(lm_head))
+    first = torch.zeros(width, width)
+    for index in chosen.split(256):
+        logits = rows.hidden[index].float() @ lm_head.T + rows.bias
+        ids = rows.ids[index, :n_entries].long()
+        for temperature in (1.0, 2.0):
+            tail = (logits / temperature).softmax(-1).scatter_(1, ids, 0.0)
+            mass = tail.sum(-1, keepdim=True).clamp(min=1e-12)
+            column_weights += tail.sum(0) / temperature**2
+            means = (tail @ lm_head) / mass.sqrt()
+            first += means.T @ means / temperature**2
+    second = lm_head.T @ (lm_head * column_weights[:, None])
+    return TailFisher((second - first) / len(chosen), column_weights / len(chosen))
+
+
+def _embedding(rows: TailRows, mean_hidden: "Tensor", metric: "Tensor", width: int) -> tuple["Tensor", "Tensor"]:
+    """(embedding [V, p], bias [V]): the head in the p directions of the hidden states that cost most KL."""
+    import torch
+
+    root, inverse_root = _roots(metric)
+    covariance = torch.cov(rows.hidden[:RIDGE_ROWS].float().T).reshape(len(metric), -1)
+    _, vectors = torch.linalg.eigh((root @ covariance @ root).double())
+    directions = inverse_root @ vectors.flip(1)[:, :width].float()
+    embedding = (rows.lm_head @ directions).half().float()
+    return embedding, rows.lm_head @ mean_hidden + rows.bias
+
+
+def _roots(metric: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """(metric^(1/2), metric^(-1/2)), eigenvalues held above 1e-9 of the greatest."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(metric.double())
+    values = values.clamp(min=float(values[-1]) * 1e-9)
+    return ((vectors * values.sqrt()) @ vectors.T).float(), ((vectors / values.sqrt()) @ vectors.T).float()
+
+
+def _initial_parameters(
+    rows: TailRows,
+    mean_hidden: "Tensor",
+    embedding: "Tensor",
+    metric: "Tensor",
+    settings: TailFitSettings,
+    generator: Any,
+) -> dict[str, "Tensor"]:
+    """Ridge regression for the prior, the covariance it leaves for the posterior, zero for the network's output."""
+    import torch
+
+    width = embedding.shape[1]
+    # directions as in _embedding, recovered from the embedding itself so that both stay one definition
+    directions = torch.linalg.lstsq(rows.lm_head, embedding).solution
+    some = _some(rows.n_rows, RIDGE_ROWS, generator)
+    latent = (rows.hidden[some].float() - mean_hidden) @ (metric @ directions)
+    tokens = torch.cat([embedding[rows.current[some]], embedding[rows.following[some]]], 1)
+    tokens = torch.cat([tokens, torch.ones(len(some), 1)], 1).double()
+    gram = tokens.T @ tokens
+    gram += torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean() * 1e-3
+    maps = torch.linalg.solve(gram, tokens.T @ latent.double())
+    left = latent - (tokens @ maps).float()
+    covariance = torch.cov(left.T).reshape(width, width) + 1e-4 * torch.eye(width)
+    n_in = n_inputs(width)
+
+    def uniform(n_rows: int, n_columns: int) -> torch.Tensor:
+        return (torch.rand(n_rows, n_columns, generator=generator) * 2 - 1) / math.sqrt(n_rows)
+
+    parameters = {
+        "prior": maps[-1].float(),
+        "current_map": maps[:width].float(),
+        "next_map": maps[width:-1].float(),
+        "factor": torch.linalg.cholesky(covariance),
+        "noise": torch.tensor([-2.0, 2.0]),
+        "context_map": uniform(width, CONTEXT_WIDTH),
+        "hidden_map": uniform(n_in, settings.hidden),
+        "hidden_bias": torch.zeros(settings.hidden),
+        "output_map": torch.zeros(settings.hidden, width),
+        "output_bias": torch.zeros(width),
+        "head_map": directions,
+        "head_bias": mean_hidden.clone(),
+    }
+    return {name: parameter.clone().requires_grad_() for name, parameter in parameters.items()}
+
+
+def _train(
+    rows: TailRows,
+    embedding: "Tensor",
+    bias: "Tensor",
+    column_weights: "Tensor",
+    parameters: dict[str, "Tensor"],
+    settings: TailFitSettings,
+    generator: Any,
+    on_step: Callable[[int, int, float], Any] | None,
+) -> None:
+    import torch
+
+    starts = torch.searchsorted(rows.sequence, torch.arange(rows.n_sequences + 1))
+    steps = max(100, settings.rows_seen // settings.batch_rows)
+    groups = [
+        {"params": [parameter], "lr": settings.lr * SLOW.get(name, 1.0)} for name, parameter in parameters.items()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    likeliest = column_weights.argsort(descending=True)
+    batches = _sequence_batches(starts, settings.batch_rows, generator)
+    for step in range(1, steps + 1):
+        batch = drawn_batch(rows, starts, next(batches), settings.entries, generator)
+        columns = _Columns.drawn(likeliest, settings.columns, generator)
+        tensors = {"embedding": embedding, "embedding_bias": bias, **parameters}
+        tensors["scaled_embedding"] = embedding @ parameters["factor"]
+        latent = latent_mean(tensors, batch.inputs)[batch.at]
+        loss = columns.kl(rows, batch, latent @ parameters["head_map"].T + parameters["head_bias"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step, steps, float(loss.detach()))
+
+
+def _sequence_batches(starts: "Tensor", batch_rows: int, generator: Any) -> Any:
+    """Endless lists of sequences of about batch_rows rows together, pass after pass in shuffled order."""
+    import torch
+
+    lengths = starts.diff()
+    batch: list[int] = []
+    while True:
+        for sequence in torch.randperm(len(lengths), generator=generator).tolist():
+            batch.append(sequence)
+            longest = max(int(lengths[s]) for s in batch)
+            if (len(batch) + 1) * longest > batch_rows:
+                yield batch
+                batch = []
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnBatch:
+    """inputs: as a decoder would see them. row [N]: which rows of the fit they are; at: their places (b, l) in inputs;
+    ids [N, K] int64, -1 for tokens that are not entries."""
+
+    inputs: TailInputs
+    row: "Tensor"
+    at: tuple["Tensor", "Tensor"]
+    ids: "Tensor"
+
+
+def drawn_batch(
+    rows: TailRows, starts: "Tensor", sequences: list[int], entries: tuple[int, int], generator: Any
+) -> DrawnBatch:
+    """These sequences with a drawn number of entries, coarseness of values and, for some, only their ends stored."""
+    import torch
+
+    def uniform() -> float:
+        return float(torch.rand((), generator=generator))
+
+    low, high = entries[0], min(entries[1], rows.ids.shape[1])
+    n_entries = round(math.exp(math.log(min(low, high)) + (math.log(high) - math.log(min(low, high))) * uniform()))
+    least_logp = -math.inf if uniform() < 0.5 else -3 - 4 * uniform()
+    step = (0.0, 0.25, 0.5, 1.0)[int(4 * uniform())]
+    row = []
+    for sequence in sequences:
+        begin, end = int(starts[sequence]), int(starts[sequence + 1])
+        hidden = int(uniform() * (end - begin) * 0.7) if uniform() < 0.3 else 0
+        row.append(torch.arange(begin + hidden, end))
+    index = torch.cat(row)
+    b = torch.repeat_interleave(torch.arange(len(row)), torch.tensor([len(part) for part in row]))
+    first = torch.tensor([int(rows.position[part[0]]) for part in row])
+    at = (b, rows.position[index] - first[b])
+    ids, logps, mass, half = kept_entries(rows, index, n_entries, least_logp, step)
+    inputs = TailInputs(
+        _placed(rows.current[index], at, 0),
+        _placed(rows.following[index], at, 0),
+        _placed(ids, at, -1),
+        _placed(logps, at, 0.0),
+        _placed(mass, at, math.nan),
+        _placed(half, at, math.nan),
+    )
+    return DrawnBatch(inputs, index, at, ids)
+
+
+def _placed(values: "Tensor", at: tuple["Tensor", "Tensor"], pad: float) -> "Tensor":
+    """The rows' values on the grid [B, L] of their sequences."""
+    grid = values.new_full((int(at[0].max()) + 1, int(at[1].max()) + 1, *values.shape[1:]), pad)
+    grid[at] = values
+    return grid
+
+
+def kept_entries(
+    rows: TailRows, index: "Tensor", n_entries: int, least_logp: float, step: float
+) -> tuple["Tensor", "Tensor", "Tensor", "Tensor"]:
+    """(ids [N, K] with -1 in pads, log-probs in steps as a decoder has them, tail log-mass, half moment) of rows."""
+    import torch
+
+    exact = rows.logps[index, :n_entries]
+    keep = exact >= least_logp
+    keep[:, 0] = True
+    head_mass = torch.where(keep, exact.exp(), 0.0).sum(1)
+    mass = torch.log1p(-head_mass.clamp(max=1 - 1e-6))
+    total_half = (rows.lse_2[index] - rows.lse_1[index] / 2).exp()
+    half = (total_half - torch.where(keep, (exact / 2).exp(), 0.0).sum(1)).clamp(min=1e-6).log()
+    logps = exact if step == 0 else exact[:, :1] - ((exact[:, :1] - exact) / step).round() * step
+    shift = torch.log1p(-mass.exp()) - torch.where(keep, logps, -math.inf).logsumexp(1)
+    logps = torch.where(keep, logps + shift[:, None], 0.0)
+    return torch.where(keep, rows.ids[index, :n_entries].long(), -1), logps, mass, half
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """ids [M] of the tokens of a step; log_weight [M]: how many tokens each stands for; place [V]: -1 if not there."""
+
+    ids: "Tensor"
+    log_weight: "Tensor"
+    place: "Tensor"
+
+    @classmethod
+    def drawn(cls, likeliest: "Tensor", n_columns: int, generator: Any) -> "_Columns":
+        import torch
+
+        vocab_size = len(likeliest)
+        n_columns = min(n_columns, vocab_size)
+        n_always = n_columns // 2 if n_columns < vocab_size else vocab_size
+        others = likeliest[n_always:]
+        drawn = others[torch.randperm(len(others), generator=generator)[: n_columns - n_always]]
+        log_weight = torch.zeros(n_columns)
+        if len(drawn):
+            log_weight[n_always:] = math.log(len(others) / len(drawn))
+        ids = torch.cat([likeliest[:n_always], drawn])
+        place = torch.full((vocab_size,), -1)
+        place[ids] = torch.arange(n_columns)
+        return cls(ids, log_weight, place)
+
+    def kl(self, rows: TailRows, batch: DrawnBatch, hidden: "Tensor") -> "Tensor":
+        """Mean KL of the tails at T = 1 and T = 2, added, of predicted hidden states [N, D], the head exact."""
+        import torch
+
+        head = rows.lm_head[self.ids]
+        bias = rows.bias[self.ids]
+        place = torch.where(batch.ids >= 0, self.place[batch.ids.clamp(min=0)], -1)
+        entry = torch.nonzero(place >= 0)
+        at = (entry[:, 0], place[entry[:, 0], entry[:, 1]])
+        with torch.no_grad():
+            teacher = rows.hidden[batch.row].float() @ head.T + bias
+            teacher[at] = -math.inf
+        student = hidden @ head.T + bias
+        is_entry = torch.zeros_like(teacher, dtype=torch.bool)
+        is_entry[at] = True
+        total = 0.0
+        for temperature, lse in ((1.0, rows.lse_1), (2.0, rows.lse_2)):
+            with torch.no_grad():
+                log_p = teacher / temperature + self.log_weight
+                p = (log_p - lse[batch.row][:, None]).exp()
+                entropy = (p * torch.where(is_entry, 0.0, log_p - log_p.logsumexp(1, keepdim=True))).sum(1)
+                mass = p.sum(1)
+            log_q = (student / temperature + self.log_weight).masked_fill(is_entry, -1e30)
+            total = total + (entropy - (p * log_q).sum(1) + mass * log_q.logsumexp(1)).mean()
+        return total
+
+
+def _in_residual_basis(
+    rows: TailRows,
+    embedding: "Tensor",
+    bias: "Tensor",
+    fisher: TailFisher,
+    parameters: dict[str, "Tensor"],
+    settings: TailFitSettings,
+    generator: Any,
+) -> TailModel:
+    """The trained model with its output in the directions of the head, the ones that it predicts worst first."""
+    import torch
+
+    tensors = {"embedding": embedding, "embedding_bias": bias, **{name: p.detach() for name, p in parameters.items()}}
+    tensors["scaled_embedding"] = embedding @ tensors["factor"]
+    starts = torch.searchsorted(rows.sequence, torch.arange(rows.n_sequences + 1))
+    root, inverse_root = _roots(fisher.metric)
+    left = []
+    n_left = 0
+    with torch.no_grad():
+        for sequence in torch.randperm(rows.n_sequences, generator=generator).tolist():
+            batch = drawn_batch(rows, starts, [sequence], (16, 16), generator)
+            latent = latent_mean(tensors, batch.inputs)[batch.at]
+            error = rows.hidden[batch.row].float() - latent @ tensors["head_map"].T - tensors["head_bias"]
+            weight = tail_weight(
+                rows, batch.row, batch.inputs.tail_logmass[batch.at], batch.inputs.tail_logmoment_half[batch.at]
+            )
+            left.append((error @ root) * weight.sqrt()[:, None])
+            n_left += len(error)
+            if n_left > 50_000:
+                break
+    residual = torch.cat(left)
+    _, vectors = torch.linalg.eigh((residual.T @ residual).double() / len(residual))
+    rank = min(settings.rank or 1024, rows.lm_head.shape[1], 1024)
+    directions = vectors.flip(1)[:, :rank].float()
+    basis = rows.lm_head @ (inverse_root @ directions)
+    to_coefs = root @ directions
+    arrays = {
+        "basis": basis.half(),
+        "bias": rows.bias,
+        "embedding": embedding.half(),
+        "column_weights": fisher.column_weights,
+        "coefs_map": tensors["head_map"].T @ to_coefs,
+        "coefs_bias": tensors["head_bias"] @ to_coefs,
+    }
+    names = [name for name in TRAINED if name not in ("head_map", "head_bias")]
+    arrays |= {name: tensors[name] for name in names}
+    arrays["embedding_bias"] = bias
+    return TailModel({name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()})
+
+
+def _some(n: int, most: int, generator: Any) -> "Tensor":
+    """Indices of `most` of n rows, drawn without replacement; all where there are no more."""
+    import torch
+
+    return torch.randperm(n, generator=generator)[:most]
+
+
+def tail_weight(rows: TailRows, index: "Tensor", mass: "Tensor", half: "Tensor") -> "Tensor":
+    """How much an error in a row's tail counts [N]: the mean of the tail's masses at T = 1 and T = 2."""
+    total_half = rows.lse_2[index] - rows.lse_1[index] / 2
+    return (mass.exp() + (half - total_half).exp()) / 2

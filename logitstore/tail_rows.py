@@ -1,0 +1,158 @@
+"""Rows to fit a tail model on: the teacher's hidden states and what codecs keep of its distributions.
+
+A teacher that gives hidden states and its head is taken as it is. One that gives full logits is first factored: the
+principal directions of some of its logit rows play the head, and the rows' coordinates in them the hidden states.
+
+Memory: 2 D + 8 * 64 bytes a row, some 1.7 kB at D = 576; logits are read in chunks.
+
+Letters: R rows, D width, V vocabulary, K entries, S sequences.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitstore.logits_source import FactoredLogits, iter_logit_chunks
+from logitstore.row_input import as_numpy, checked_input_ids, checked_keep_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENTRIES = 64
+FACTORED_ROWS, FACTORED_WIDTH = 2048, 640
+
+Sample = tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TailRows:
+    """lm_head [V, D] and bias [V] float32; hidden [R, D] float16; ids [R, K] int32, logps [R, K], lse_1 and lse_2 [R]
+    float32: the most probable tokens and the log-sum-exps of the logits at T = 1 and 2. current, following [R] int64;
+    sequence and position [R] int64: where each row stands. tokens: int32 [L] of each sequence."""
+
+    lm_head: "Tensor"
+    bias: "Tensor"
+    hidden: "Tensor"
+    ids: "Tensor"
+    logps: "Tensor"
+    lse_1: "Tensor"
+    lse_2: "Tensor"
+    current: "Tensor"
+    following: "Tensor"
+    sequence: "Tensor"
+    position: "Tensor"
+    tokens: tuple[NDArray[np.int32], ...]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def n_sequences(self) -> int:
+        return int(self.sequence[-1]) + 1
+
+
+def tail_rows(samples: Iterable[Sample], vocab_size: int, *, on_rows: Callable[[int], Any] | None = None) -> TailRows:
+    """The rows of samples of (logits [L, V], input_ids [L], keep_mask [L-1] or None), a re-iterable of them.
+
+    on_rows is called with the number of rows after each sample. Raises ValueError where no row is present or the
+    samples have different heads.
+    """
+    import torch
+
+    head = _head_of(samples, vocab_size)
+    columns: dict[str, list[Tensor]] = {
+        name: [] for name in TailRows.__annotations__ if name not in ("lm_head", "bias", "tokens")
+    }
+    kept_tokens: list[NDArray[np.int32]] = []
+    for logits, input_ids, keep_mask in samples:
+        tokens = checked_input_ids(input_ids, vocab_size)
+        keep = np.flatnonzero(checked_keep_mask(keep_mask, len(tokens)))
+        if not len(keep):
+            continue
+        columns["hidden"].append(head.hidden_of(logits, keep))
+        for chunk in iter_logit_chunks(logits, keep, vocab_size=vocab_size):
+            z = torch.from_numpy(chunk)
+            values, ids = z.topk(min(ENTRIES, vocab_size), dim=1)
+            lse_1 = z.logsumexp(1)
+            columns["ids"].append(ids.int())
+            columns["logps"].append(values - lse_1[:, None])
+            columns["lse_1"].append(lse_1)
+            columns["lse_2"].append((z / 2).logsumexp(1))
+        columns["current"].append(torch.from_numpy(tokens[keep].astype(np.int64)))
+        columns["following"].append(torch.from_numpy(tokens[keep + 1].astype(np.int64)))
+        columns["position"].append(torch.from_numpy(keep))
+        columns["sequence"].append(torch.full((len(keep),), len(kept_tokens)))
+        kept_tokens.append(tokens)
+        if on_rows is not None:
+            on_rows(len(keep))
+    if not kept_tokens:
+        raise ValueError("nothing to fit on: no sample has a present row")
+    joined_columns = {name: torch.cat(parts) for name, parts in columns.items()}
+    return TailRows(head.lm_head, head.bias, **joined_columns, tokens=tuple(kept_tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    lm_head: "Tensor"
+    bias: "Tensor"
+    from_logits: bool
+
+    def hidden_of(self, logits: Any, rows: np.ndarray) -> "Tensor":
+        """The hidden states of these rows, float16 [n, D]."""
+        import torch
+
+        if not self.from_logits:
+            return torch.from_numpy(np.asarray(as_numpy(logits.hidden[rows]), np.float16))
+        parts = []
+        for chunk in iter_logit_chunks(logits, rows, vocab_size=len(self.bias)):
+            z = torch.from_numpy(chunk)
+            centred = z - self.bias
+            parts.append(((centred - centred.mean(1, keepdim=True)) @ self.lm_head).half())
+        return torch.cat(parts)
+
+
+def _head_of(samples: Iterable[Sample], vocab_size: int) -> _Head:
+    import torch
+
+    logits = next(iter(samples))[0]
+    if isinstance(logits, FactoredLogits) and logits.softcap is None:
+        lm_head = torch.from_numpy(as_numpy(logits.lm_head).astype(np.float32)[:vocab_size]) * logits.scale
+        bias = torch.zeros(vocab_size)
+        if logits.bias is not None:
+            bias = torch.from_numpy(as_numpy(logits.bias).astype(np.float32)[:vocab_size]) * logits.scale
+        for other, _, _ in samples:
+            if not isinstance(other, FactoredLogits) or tuple(other.lm_head.shape) != tuple(logits.lm_head.shape):
+                raise ValueError("samples of several heads cannot be fitted together")
+        return _Head(lm_head, bias, from_logits=False)
+    return _principal_directions(samples, vocab_size)
+
+
+def _principal_directions(samples: Iterable[Sample], vocab_size: int) -> _Head:
+    """A head of orthonormal columns from the first rows of logits, by the eigenvectors of their Gram matrix."""
+    import torch
+
+    rows: list[torch.Tensor] = []
+    n_rows = 0
+    for logits, input_ids, keep_mask in samples:
+        keep = np.flatnonzero(checked_keep_mask(keep_mask, len(as_numpy(input_ids))))
+        for chunk in iter_logit_chunks(logits, keep[: FACTORED_ROWS - n_rows], vocab_size=vocab_size):
+            rows.append(torch.from_numpy(chunk))
+            n_rows += len(chunk)
+        if n_rows >= FACTORED_ROWS:
+            break
+    if not n_rows:
+        raise ValueError("nothing to fit on: no sample has a present row")
+    z = torch.cat(rows).clamp(min=-1e4)
+    bias = z.mean(0)
+    centred = z - bias
+    centred = centred - centred.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh((centred @ centred.T).double())
+    usable = values > values[-1] * 1e-9
+    keep_width = min(FACTORED_WIDTH, max(int(usable.sum()), 1), vocab_size)
+    directions = vectors[:, -keep_width:].float()
+    scale = values[-keep_width:].clamp(min=1e-12).sqrt().float()
+    return _Head((centred.T @ directions) / scale, bias, from_logits=True)

@@ -1,0 +1,110 @@
+"""Corrections: within half a step of what was left over, in small numbers, put back where the centre of them lies."""
+
+import numpy as np
+import pytest
+
+from logitstore.corrections import (
+    DEAD_ZONE,
+    FIRST_CODED,
+    N_CLASSES,
+    N_CONTEXTS,
+    CorrectionTables,
+    fit_corrections,
+    undo_zigzag,
+    zigzag,
+)
+from logitstore.errors import CorruptionError
+
+SPREAD = np.array([4.0, 2.0, 1.0, 0.5, 0.1, 0.01])
+
+
+def some_errors(seed: int, n_rows: int = 4000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(errors [R, 6], weights [R], classes [R]): rows of class 5 have a quarter of the weight of those of class 9."""
+    rng = np.random.default_rng(seed)
+    classes = rng.choice([5, 9], n_rows)
+    weights = np.where(classes == 5, 0.25, 1.0).astype(np.float32)
+    errors = rng.laplace(0, SPREAD / np.sqrt(2), (n_rows, 6)) / np.sqrt(weights)[:, None]
+    return errors.astype(np.float32), weights, classes
+
+
+def test_coded_errors_come_back_within_a_step_of_their_row() -> None:
+    errors, weights, classes = some_errors(0)
+    tables = fit_corrections(0.5, errors, weights, classes)
+    fresh, _, classes = some_errors(1)
+    steps = tables.quantised(fresh, classes)
+    back = tables.corrections(steps, classes)
+    row_step = 0.5 / np.sqrt(tables.weights[classes])
+    coded = tables.contexts[classes] >= FIRST_CODED
+    left = np.abs(fresh[:, : tables.width] - back) / row_step[:, None]
+    assert left[coded & (steps != 0)].max() < 1.0
+    assert left[coded & (steps == 0)].max() <= 0.5 + DEAD_ZONE + 1e-5
+    assert np.all(back[~coded] == 0)
+    np.testing.assert_allclose(row_step[classes == 5].mean() / row_step[classes == 9].mean(), 2.0, rtol=0.02)
+
+
+def test_smaller_steps_leave_less_and_code_more_directions() -> None:
+    errors, weights, classes = some_errors(0)
+    fresh, fresh_weights, fresh_classes = some_errors(1)
+    left, widths = [], []
+    for step in (8.0, 2.0, 0.5, 0.1):
+        tables = fit_corrections(step, errors, weights, classes)
+        back = np.zeros_like(fresh)
+        back[:, : tables.width] = tables.corrections(tables.quantised(fresh, fresh_classes), fresh_classes)
+        left.append(float((((fresh - back) ** 2).sum(1) * fresh_weights).mean()))
+        widths.append(tables.width)
+    assert np.all(np.diff(left) < 0)
+    assert widths == sorted(widths)
+    assert (widths[0], widths[-1]) == (2, 5)
+    uniform = 5 * 0.1**2 / 12  # of a fine step in the five coded directions, and all of the sixth
+    assert left[-1] == pytest.approx(uniform + SPREAD[5] ** 2, rel=0.2)
+
+
+def test_centres_beat_middles() -> None:
+    errors, weights, classes = some_errors(0, 20_000)
+    tables = fit_corrections(2.0, errors, weights, classes)
+    middles = np.tile(np.array([1, 2, 0], np.float32), (N_CONTEXTS, 1))
+    plain = CorrectionTables(tables.step, tables.weights, tables.contexts, middles, tables.symbols)
+    fresh, fresh_weights, fresh_classes = some_errors(1, 20_000)
+    steps = tables.quantised(fresh, fresh_classes)
+
+    def left(which: CorrectionTables) -> float:
+        back = which.corrections(steps, fresh_classes)
+        return float((((fresh[:, : which.width] - back) ** 2).sum(1) * fresh_weights).mean())
+
+    assert left(tables) < 0.99 * left(plain)
+
+
+def test_what_came_back_is_coded_alike_again() -> None:
+    errors, weights, classes = some_errors(0)
+    tables = fit_corrections(0.7, errors, weights, classes)
+    steps = tables.quantised(errors, classes)
+    np.testing.assert_array_equal(tables.quantised(tables.corrections(steps, classes), classes), steps)
+
+
+def test_zigzag() -> None:
+    numbers = np.arange(-9, 10)
+    np.testing.assert_array_equal(zigzag(np.array([0, -1, 1, -2, 2])), np.arange(5))
+    np.testing.assert_array_equal(undo_zigzag(zigzag(numbers)), numbers)
+
+
+def test_a_spread_far_below_the_step_leaves_nothing_to_code() -> None:
+    errors, weights, classes = some_errors(0)
+    tables = fit_corrections(1e4, errors, weights, classes)
+    assert tables.width == 0
+    assert tables.quantised(errors, classes).shape == (len(errors), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weights", np.zeros(N_CLASSES, np.float32), "not above 0"),
+        ("contexts", np.full((N_CLASSES, 2), N_CONTEXTS, np.uint8), "a correction has context 30, there are 30"),
+        ("contexts", np.zeros((3, 2), np.uint8), "contexts of corrections are uint8"),
+        ("levels", np.full((N_CONTEXTS, 3), np.nan, np.float32), "or not finite"),
+    ],
+)
+def test_tables_that_are_none_are_refused(name: str, value: np.ndarray, message: str) -> None:
+    good = fit_corrections(1.0, *some_errors(0))
+    fields = {key: getattr(good, key) for key in ("step", "weights", "contexts", "levels", "symbols")}
+    with pytest.raises(CorruptionError, match=message):
+        CorrectionTables(**{**fields, name: value})
