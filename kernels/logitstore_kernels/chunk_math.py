@@ -30,6 +30,14 @@ class LossTerms:
     ce_wanted: bool
 
 
+class ChunkBuffers(NamedTuple):
+    """The working memory of a chunk, all of it of the compute dtype; what is in it is said where it is written."""
+
+    x_CV: Tensor  # the logits at first, the gradient in the end
+    scratch_CV: Tensor | None  # where two exponentials are taken, and for a tail of a shape
+    shape_CV: Tensor | None  # for a tail of a shape
+
+
 class KnownRows(NamedTuple):
     """All that is known of a chunk's rows besides the student's logits."""
 
@@ -40,6 +48,14 @@ class KnownRows(NamedTuple):
     n_tail_C: Tensor  # float, at least 1
     label_C: Tensor  # int64, 0 in rows that do not count
     counted_C: Tensor  # bool
+    coefs_Cr: Tensor | None  # of the tail's shape, 0 in rows without a tail
+
+
+class TailShape(NamedTuple):
+    """The teacher's tail at T next to the student's, token by token; g is a tail logit / T less the row's largest."""
+
+    sum_C: Tensor  # sum over the tail of e^g, at least 1 unless there is no tail token
+    log_ratio_sum_C: Tensor  # sum over the tail of e^g (g - (z - the student's largest in the tail) / T)
 
 
 class StudentRows(NamedTuple):
@@ -49,6 +65,7 @@ class StudentRows(NamedTuple):
     label_C: Tensor  # z of the label - peak
     tail_peak_C: Tensor  # the tail's largest z - peak; 0 where every tail logit is -inf
     tail_logits_sum_C: Tensor | None  # sum over the tail of z - the tail's largest z (for the uniform tail)
+    tail_shape: TailShape | None  # for the dense tail
     tail_sum_T_C: Tensor  # sum over the tail of e^((z - largest) / T), at least 1 unless every one is -inf
     lse_T_C: Tensor  # ln sum over all columns of e^((z - peak) / T)
     lse_1_C: Tensor | None
@@ -63,18 +80,28 @@ def known_rows(
         # Cross-entropy alone: the label plays the head, with a teacher that says nothing.
         nothing_N = torch.full_like(n_tail_N, -math.inf)
         entry_N1 = torch.ones_like(label_N, dtype=torch.bool)[:, None]
-        return KnownRows(label_N[:, None], entry_N1, nothing_N[:, None], nothing_N, n_tail_N, label_N, counted_N)
+        return KnownRows(label_N[:, None], entry_N1, nothing_N[:, None], nothing_N, n_tail_N, label_N, counted_N, None)
     tempered = temper_teacher(teacher, temperature=terms.temperature, tail=terms.tail, dtype=dtype)
-    return KnownRows(teacher.gather_ids_NK, teacher.ids_NK >= 0, *tempered, n_tail_N, label_N, counted_N)
+    coefs_Nr = None
+    if terms.tail == "dense":
+        no_tail_N1 = (tempered.logt_tail_N == -math.inf)[:, None]
+        coefs_Nr = teacher.dense_tail.coefs_Nr.to(dtype).masked_fill(no_tail_N1, 0)
+    return KnownRows(teacher.gather_ids_NK, teacher.ids_NK >= 0, *tempered, n_tail_N, label_N, counted_N, coefs_Nr)
 
 
 def needs_two_exponentials(terms: LossTerms) -> bool:
     return terms.kl_wanted and terms.ce_wanted and terms.temperature != 1
 
 
-def stream(x_CV: Tensor, scratch_CV: list[Tensor], chunk: KnownRows, terms: LossTerms) -> StudentRows:
+def needs_shape(terms: LossTerms) -> bool:
+    return terms.kl_wanted and terms.tail == "dense"
+
+
+def stream(buffers: ChunkBuffers, chunk: KnownRows, terms: LossTerms) -> StudentRows:
     """Reduce a chunk of logits x_CV. With m the tail's largest z, mutates x_CV to e^((z - m) / T), 0 at entries, and
-    scratch_CV, where there is one, to e^(z - m)."""
+    scratch_CV to e^(z - m) where that is needed. shape_CV is mutated from the teacher's tail logits / T to e^g, 0 at
+    entries, g being such a logit less the largest of the tail."""
+    x_CV, two_exponentials = buffers.x_CV, needs_two_exponentials(terms)
     temperature = terms.temperature if terms.kl_wanted else 1.0
     head_CK = x_CV.gather(1, chunk.ids_CK).masked_fill_(~chunk.entry_CK, -math.inf)
     label_C = x_CV.gather(1, chunk.label_C[:, None])[:, 0]
@@ -87,21 +114,40 @@ def stream(x_CV: Tensor, scratch_CV: list[Tensor], chunk: KnownRows, terms: Loss
     if terms.kl_wanted and terms.tail == "uniform":
         tail_logits_sum_C = x_CV.scatter_(1, chunk.ids_CK, 0).sum(dim=1)
         x_CV.scatter_(1, chunk.ids_CK, -math.inf)
-    if scratch_CV and temperature != 2:
-        torch.exp(x_CV, out=scratch_CV[0])
+    tail_shape = _shape_beside(buffers, chunk, temperature) if needs_shape(terms) else None
+    if two_exponentials and temperature != 2:
+        torch.exp(x_CV, out=buffers.scratch_CV)
     if temperature != 1:
         x_CV.mul_(1 / temperature)
     tail_sum_T_C = x_CV.exp_().sum(dim=1)
-    if scratch_CV and temperature == 2:
-        torch.square(x_CV, out=scratch_CV[0])  # half the price of a second exponential
+    if two_exponentials and temperature == 2:
+        torch.square(x_CV, out=buffers.scratch_CV)  # half the price of a second exponential
 
     head_CK.sub_(peak_C[:, None])
     tail_peak_C = tail_peak_C - peak_C
     lse_T_C = _logsumexp_of_parts(head_CK, tail_peak_C, tail_sum_T_C, temperature)
     lse_1_C = lse_T_C if temperature == 1 else None
-    if scratch_CV:
-        lse_1_C = _logsumexp_of_parts(head_CK, tail_peak_C, scratch_CV[0].sum(dim=1), 1.0)
-    return StudentRows(head_CK, label_C - peak_C, tail_peak_C, tail_logits_sum_C, tail_sum_T_C, lse_T_C, lse_1_C)
+    if two_exponentials:
+        lse_1_C = _logsumexp_of_parts(head_CK, tail_peak_C, buffers.scratch_CV.sum(dim=1), 1.0)
+    label_C = label_C - peak_C
+    return StudentRows(head_CK, label_C, tail_peak_C, tail_logits_sum_C, tail_shape, tail_sum_T_C, lse_T_C, lse_1_C)
+
+
+def _shape_beside(buffers: ChunkBuffers, chunk: KnownRows, temperature: float) -> TailShape:
+    """Reduce the tail logits / T in shape_CV beside the student's z - m in x_CV. Mutates shape_CV to e^g, 0 at entries,
+    and scratch_CV to whatever.
+
+    g and z / T are subtracted before they are summed: where student and teacher agree, little is left to be rounded.
+    """
+    x_CV, work_CV, shape_CV = buffers
+    shape_CV.scatter_(1, chunk.ids_CK, -math.inf)
+    largest_C1 = shape_CV.amax(dim=1, keepdim=True)
+    shape_CV.sub_(largest_C1.masked_fill_(largest_C1 == -math.inf, 0))
+    torch.sub(shape_CV, x_CV, alpha=1 / temperature, out=work_CV)
+    shape_CV.exp_()
+    # NaN is 0 * inf at entries and where the teacher gives a token nothing; one from the student is in its lse_T too.
+    work_CV.mul_(shape_CV).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return TailShape(shape_CV.sum(dim=1), work_CV.sum(dim=1))
 
 
 def _logsumexp_of_parts(head_CK: Tensor, tail_peak_C: Tensor, tail_sum_C: Tensor, temperature: float) -> Tensor:
@@ -121,6 +167,10 @@ def values(student: StudentRows, chunk: KnownRows, terms: LossTerms) -> tuple[Te
         if terms.tail == "uniform":
             tail_logq_C += student.tail_logits_sum_C / (chunk.n_tail_C * terms.temperature)
             kl_C += _times_log_ratio(chunk.logt_tail_C, tail_logq_C, -chunk.n_tail_C.log())
+        elif terms.tail == "dense":
+            sum_C, log_ratio_sum_C = student.tail_shape
+            tail_logq_C += sum_C.log() - log_ratio_sum_C / sum_C
+            kl_C += _times_log_ratio(chunk.logt_tail_C, tail_logq_C)
         elif terms.tail == "bucket":
             tail_logq_C += student.tail_sum_T_C.log()
             kl_C += _times_log_ratio(chunk.logt_tail_C, tail_logq_C)
@@ -134,8 +184,7 @@ def _times_log_ratio(logt: Tensor, logq: Tensor, shift: Tensor | float = 0.0) ->
 
 
 def write_gradient(
-    x_CV: Tensor,
-    scratch_CV: list[Tensor],
+    buffers: ChunkBuffers,
     student: StudentRows,
     chunk: KnownRows,
     terms: LossTerms,
@@ -144,8 +193,10 @@ def write_gradient(
     """Mutates x_CV, as stream left it, to the chunk's gradient with respect to the logits * expected_upstream.
 
     A tail column's gradient is c_T e^((z - m) / T) + c_1 e^(z - m) - b with three numbers a row, m the tail's largest
-    logit. t_tail / q_tail, which may overflow, never appears: q_j / q_tail = e^((z_j - m) / T) / tail_sum_T.
+    logit; with a dense tail b is the token's own, b_0 e^g. t_tail / q_tail, which may overflow, never appears:
+    q_j / q_tail = e^((z_j - m) / T) / tail_sum_T.
     """
+    x_CV = buffers.x_CV
     kl_scale = terms.alpha * terms.temperature * expected_upstream  # T^2 / T
     ce_scale = (1 - terms.alpha) * expected_upstream
     head_CK = torch.zeros_like(student.head_CK)
@@ -167,11 +218,14 @@ def write_gradient(
         head_CK += (student.head_CK - student.lse_1_C[:, None]).exp_() * ce_scale
         dense_1_C = torch.exp(student.tail_peak_C - student.lse_1_C) * ce_scale
 
-    if dense_1_C is not None and not scratch_CV:
+    if dense_1_C is not None and not needs_two_exponentials(terms):
         dense_T_C, dense_1_C = dense_T_C + dense_1_C, None
     x_CV.mul_(dense_T_C[:, None])
     if dense_1_C is not None:
-        x_CV.addcmul_(scratch_CV[0], dense_1_C[:, None])
+        x_CV.addcmul_(buffers.scratch_CV, dense_1_C[:, None])
+    if terms.alpha > 0 and terms.tail == "dense":
+        shape_scale_C = t_tail_C / student.tail_shape.sum_C.clamp(min=1) * kl_scale
+        x_CV.addcmul_(buffers.shape_CV, shape_scale_C[:, None], value=-1)
     if terms.alpha > 0 and terms.tail == "uniform":
         each_tail_C1 = (t_tail_C / chunk.n_tail_C * kl_scale)[:, None]
         x_CV.sub_(each_tail_C1)

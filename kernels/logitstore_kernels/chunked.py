@@ -1,9 +1,9 @@
 """The distillation loss over row chunks, value and analytic gradient in one pass: the fast path for CPU and MPS.
 
-A chunk of logits is copied to one buffer (two where cross-entropy and KL need different temperatures), turned into the
-gradient there (chunk_math.py), and written out; nothing of N * V elements is made besides the gradient, and with
-inplace=True not even that. Computes in float32, in float64 for float64 logits. The price: the gradient exists before
-backward() asks for it, and it cannot be differentiated again.
+A chunk of logits is copied to one buffer of 8 MiB on a CPU (two where cross-entropy and KL need different temperatures,
+three for a dense tail), turned into the gradient there (chunk_math.py), and written out; nothing of N * V elements is
+made besides the gradient, and with inplace=True not even that. Computes in float32, in float64 for float64 logits. The
+price: the gradient exists before backward() asks for it, and it cannot be differentiated again.
 
 Letters: N rows, C rows of a chunk, V vocabulary, W logits columns (W >= V). T is the temperature.
 """
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitstore_kernels.chunk_math import (
+    ChunkBuffers,
     KnownRows,
     LossTerms,
     known_rows,
+    needs_shape,
     needs_two_exponentials,
     stream,
     values,
@@ -124,6 +126,11 @@ def _rows_per_chunk(logits_NW: Tensor) -> int:
     return rows_per_chunk(compute_dtype(logits_NW).itemsize * logits_NW.shape[1], logits_NW.device)
 
 
+def _new_buffers(like: Tensor, terms: LossTerms, chunk_rows: int, vocab_size: int) -> ChunkBuffers:
+    needed = (True, needs_two_exponentials(terms) or needs_shape(terms), needs_shape(terms))
+    return ChunkBuffers(*(like.new_empty(chunk_rows, vocab_size) if need else None for need in needed))
+
+
 @torch.no_grad()
 def _run(
     logits_NW: Tensor,
@@ -140,20 +147,23 @@ def _run(
     known = known_rows(teacher, labels_N, counted_N, terms, compute_dtype(logits_NW))
     kl_N, ce_N = torch.zeros_like(known.n_tail_C), torch.zeros_like(known.n_tail_C)
     chunk_rows = min(_rows_per_chunk(logits_NW), n_rows)
-    buffers = known.logt_CK.new_empty(2 if needs_two_exponentials(terms) else 1, chunk_rows, vocab_size)
+    new_buffers = _new_buffers(known.logt_CK, terms, chunk_rows, vocab_size)
     if gradient_NW is not None:
         gradient_NW[:, vocab_size:] = 0
         if skip_uncounted:
             gradient_NW[~counted_N] = 0
     for rows, runs in row_chunks(counted_N, max(chunk_rows, 1), skip_uncounted=skip_uncounted):
-        chunk = KnownRows(*(value[rows] for value in known))
-        x_CV, *scratch_CV = buffers[:, : len(chunk.label_C)]
+        chunk = KnownRows(*(None if value is None else value[rows] for value in known))
+        buffers = ChunkBuffers(*(None if value is None else value[: len(chunk.label_C)] for value in new_buffers))
+        x_CV = buffers.x_CV
         for buffer_rows, run in runs:
             x_CV[buffer_rows].copy_(logits_NW[run, :vocab_size])
-        student = stream(x_CV, scratch_CV, chunk, terms)
+        if needs_shape(terms):
+            teacher.dense_tail.write_logits(buffers.shape_CV, chunk.coefs_Cr, temperature=terms.temperature)
+        student = stream(buffers, chunk, terms)
         kl_N[rows], ce_N[rows] = values(student, chunk, terms)
         if gradient_NW is not None:
-            write_gradient(x_CV, scratch_CV, student, chunk, terms, expected_upstream)
+            write_gradient(buffers, student, chunk, terms, expected_upstream)
             if not skip_uncounted:
                 x_CV.masked_fill_(~chunk.counted_C[:, None], 0)
             for buffer_rows, run in runs:

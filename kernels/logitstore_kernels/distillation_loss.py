@@ -50,6 +50,9 @@ def distillation_loss(
     tail: what is asked of the tokens that are not entries of a teacher row.
         "bucket": that their summed probability be right. A KL over K + 1 outcomes.
         "uniform": that each have an equal share of it. A KL over V outcomes.
+        "dense": that each have the probability which the batch's dense_tail says (TeacherBatch.with_dense_tail). At T
+            its logits are divided by T, the tail's mass is that of the moments. A KL over V outcomes; "uniform" is the
+            case of equal logits.
         "renormalised": that they have none; p is the head scaled to mass 1. A KL, but not 0 at the teacher itself:
             there it is -ln(kept mass) at T = 1, and it pushes the student above the teacher on every entry.
         "dropped": nothing; p is the head as it is, sum over entries of p ln(p / q). Not a KL: it is negative for a

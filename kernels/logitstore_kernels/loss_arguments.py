@@ -16,12 +16,7 @@ from torch import Tensor
 from logitstore_kernels.teacher_batch import TeacherBatch
 
 TAILS_OF_TOPK = ("bucket", "uniform", "renormalised", "dropped")
-TAILS = (*TAILS_OF_TOPK, "sampled")
-_WHY_IMPOSSIBLE = {
-    "dense": "the teacher batch has no tail coefficients and basis",
-    "sampled": "the teacher batch holds top-k entries, not weighted samples",
-    **dict.fromkeys(TAILS_OF_TOPK, "the teacher batch holds weighted samples, not top-k entries and a tail"),
-}
+TAILS = (*TAILS_OF_TOPK, "dense", "sampled")
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -111,11 +106,16 @@ def _check_tensors(student_logits_NW: Tensor, teacher: TeacherBatch, labels_N: T
 
 
 def _check_tail(tail: str, teacher: TeacherBatch) -> None:
-    if tail not in _WHY_IMPOSSIBLE:
+    if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    possible = ("sampled",) if teacher.is_sampled else TAILS_OF_TOPK
+    possible = TAILS_OF_TOPK if teacher.dense_tail is None else (*TAILS_OF_TOPK, "dense")
+    why_not = "the teacher batch holds top-k entries, not weighted samples"
+    if teacher.is_sampled:
+        possible, why_not = ("sampled",), "the teacher batch holds weighted samples, not top-k entries and a tail"
+    elif tail == "dense":
+        why_not = "the teacher batch has no tail coefficients and basis, which with_dense_tail adds"
     if tail not in possible:
-        raise ValueError(f"tail={tail!r} is impossible: {_WHY_IMPOSSIBLE[tail]}; use one of {', '.join(possible)}")
+        raise ValueError(f"tail={tail!r} is impossible: {why_not}; use one of {', '.join(possible)}")
 
 
 def _check_temperature_of_tail(tail: str, teacher: TeacherBatch, temperature: float) -> None:

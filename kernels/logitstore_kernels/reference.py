@@ -109,7 +109,22 @@ def _kl_rows(scaled_logits_NV: Tensor, teacher: TeacherBatch, temperature: float
         logt_each_N1 = (logt_tail_N - n_tail_N.log())[:, None]
         each_NV = _times_log_ratio(logt_each_N1, scaled_logits_NV - lse_N[:, None])
         return kl_N + each_NV.scatter(1, ids_NK, 0).sum(dim=1)
+    if tail == "dense":
+        logt_NV = logt_tail_N[:, None] + _tail_logshape(teacher, ids_NK, logt_tail_N, temperature)
+        return kl_N + _times_log_ratio(logt_NV, scaled_logits_NV - lse_N[:, None]).sum(dim=1)
     return kl_N  # "renormalised", "dropped" and "sampled": what there is of a tail is taken care of in the teacher
+
+
+def _tail_logshape(teacher: TeacherBatch, ids_NK: Tensor, logt_tail_N: Tensor, temperature: float) -> Tensor:
+    """ln of each tail token's share of the tail at T [N, V], -inf at entries; in rows without a tail whatever."""
+    dtype, dense = logt_tail_N.dtype, teacher.dense_tail
+    coefs_Nr = dense.coefs_Nr.to(dtype).masked_fill((logt_tail_N == -math.inf)[:, None], 0)
+    with torch.autocast(coefs_Nr.device.type, enabled=False):
+        logits_NV = (coefs_Nr @ dense.basis_Vr.to(dtype).T + dense.bias_V.to(dtype)) / temperature
+    logits_NV = logits_NV.scatter(1, ids_NK, -math.inf)
+    # A tail of no tokens has a log-sum of -inf; 0 in its place keeps -inf - -inf away.
+    lse_N1 = _logsumexp(logits_NV)[:, None]
+    return logits_NV - lse_N1.masked_fill(lse_N1 == -math.inf, 0)
 
 
 def _times_log_ratio(logt: Tensor, logq: Tensor) -> Tensor:

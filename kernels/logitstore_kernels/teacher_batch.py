@@ -1,10 +1,11 @@
 """TeacherBatch: the teacher's compressed next-token distributions of one batch, as the tensors that the losses read.
 
 A row holds the teacher's K most probable tokens with their log-probs at T = 1 and, of all other tokens together (the
-tail), the log-mass and one more log-moment; or K tokens that were sampled, with the logs of their weights. Shapes,
-dtypes and devices are checked once, here, without reading a value on an accelerator. Values are checked where that
-costs no synchronisation, on a CPU; the search for repeated ids is skipped above 2**20 entries (10 ms), because whoever
-wrote so large a batch to a store has had it checked there.
+tail), the log-mass and one more log-moment, to which logits that give the tail a shape can be added (dense_tail.py); or
+K tokens that were sampled, with the logs of their weights. Shapes, dtypes and devices are checked once, here, without
+reading a value on an accelerator. Values are checked where that costs no synchronisation, on a CPU; the search for
+repeated ids is skipped above 2**20 entries (10 ms), because whoever wrote so large a batch to a store has had it
+checked there.
 
 Letters: B batch, L length, N rows (one per predicted token), K entries kept, V vocabulary.
 """
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from logitstore_kernels.dense_tail import DenseTail
+from logitstore_kernels.tensor_checks import check_tensor, refuse_rows
 
 _ID_DTYPES = (torch.int32, torch.int64)
 _MAX_ENTRIES_SEARCHED_FOR_REPEATS = 2**20
@@ -32,8 +36,9 @@ class TeacherBatch:
     tail_logmass_N: same dtype, ln of the summed probability of all tokens that are not entries; -inf if there is none,
         NaN allowed in absent rows.
     tail_logmoment_half_N: ln of the summed sqrt(p) of the same tokens, or None, with which only T = 1 is possible for
-        the tails "bucket", "uniform" and "dropped".
+        the tails "bucket", "uniform", "dropped" and "dense".
     is_sampled: True where logprobs_NK are ln of the weights of samples, at T = 1 alone; made by from_samples.
+    dense_tail: logits that give the tail a shape, for tail="dense", or None; added by with_dense_tail.
 
     Raises TypeError / ValueError for a wrong dtype, shape, device or vocab_size. Prefer the constructors from_topk,
     from_samples and from_collated, which check values too.
@@ -45,13 +50,14 @@ class TeacherBatch:
     tail_logmoment_half_N: Tensor | None
     vocab_size: int
     is_sampled: bool = False
+    dense_tail: DenseTail | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int):
             raise TypeError(f"vocab_size must be an int, got {type(self.vocab_size).__name__}")
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
-        _check_tensor("ids_NK", self.ids_NK, n_axes=2, dtypes=_ID_DTYPES)
+        check_tensor("ids_NK", self.ids_NK, n_axes=2, dtypes=_ID_DTYPES)
         n_rows, k = self.ids_NK.shape
         if k > self.vocab_size:
             raise ValueError(
@@ -59,18 +65,20 @@ class TeacherBatch:
             )
         dtype, device = self.logprobs_NK.dtype, self.ids_NK.device
         float_dtypes = (torch.float32, torch.float64)
-        _check_tensor("logprobs_NK", self.logprobs_NK, n_axes=2, dtypes=float_dtypes)
+        check_tensor("logprobs_NK", self.logprobs_NK, n_axes=2, dtypes=float_dtypes)
         floats = {"logprobs_NK": (self.logprobs_NK, (n_rows, k)), "tail_logmass_N": (self.tail_logmass_N, (n_rows,))}
         if self.tail_logmoment_half_N is not None:
             floats["tail_logmoment_half_N"] = (self.tail_logmoment_half_N, (n_rows,))
         for name, (value, shape) in floats.items():
-            _check_tensor(name, value, n_axes=len(shape), dtypes=(dtype,))
+            check_tensor(name, value, n_axes=len(shape), dtypes=(dtype,))
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape} to go with ids_NK, got {tuple(value.shape)}")
             if value.device != device:
                 raise ValueError(
                     f"{name} is on {value.device} but ids_NK is on {device}; move the whole batch with .to(device)"
                 )
+        if self.dense_tail is not None:
+            self.dense_tail.check_against(n_rows=n_rows, vocab_size=self.vocab_size, device=device)
 
     @classmethod
     def from_topk(
@@ -124,7 +132,7 @@ class TeacherBatch:
         if ids_NK.device.type == "cpu":
             _check_values(teacher)
             infinite_N = ((ids_NK >= 0) & (logweights_NK == math.inf)).any(dim=1)
-            _refuse(infinite_N, "a log-weight of +inf", logweights_NK)
+            refuse_rows(infinite_N, "a log-weight of +inf", logweights_NK)
         return teacher
 
     @classmethod
@@ -183,6 +191,27 @@ class TeacherBatch:
         ids_NK = self.ids_NK.long()
         return torch.where(ids_NK >= 0, ids_NK, ids_NK.amax(dim=1, keepdim=True).clamp(min=0))
 
+    def with_dense_tail(self, coefs_Nr: Tensor, basis_Vr: Tensor, bias_V: Tensor) -> "TeacherBatch":
+        """This batch with a tail of that shape, for tail="dense": ln p = basis_Vr @ coefs + bias_V + a constant a row.
+
+        Only tokens of the tail are meant; their mass stays that of the moments, and every other tail= works as before.
+        coefs_Nr: [N, r] float32 or float64, r at most 1024; anything in rows that are absent or have no tail mass.
+        basis_Vr, bias_V: [V, r] and [V], float16, bfloat16, float32 or float64; converted to the dtype that the loss
+            computes in. Shared, not copied: the same tensors serve every batch.
+
+        Raises TypeError / ValueError for wrong dtypes, shapes and devices, for a batch of samples, and on a CPU for
+        coefficients that are not finite.
+        """
+        if self.is_sampled:
+            raise ValueError("a batch of weighted samples has no tail; with_dense_tail is for batches of top-k entries")
+        tail = DenseTail(coefs_Nr, basis_Vr, bias_V)
+        teacher = dataclasses.replace(self, dense_tail=tail)
+        if self.device.type == "cpu":
+            has_tail_N = self.present_N & (self.tail_logmass_N > -math.inf)
+            infinite_N = has_tail_N & ~coefs_Nr.isfinite().all(dim=1)
+            refuse_rows(infinite_N, "tail coefficients that are not finite", coefs_Nr)
+        return teacher
+
     def uniform_moment(self) -> "TeacherBatch":
         """This batch with the half moment of a uniform tail, (ln n + tail log-mass) / 2 for n tail tokens.
 
@@ -194,13 +223,14 @@ class TeacherBatch:
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TeacherBatch":
         """This batch with every tensor on `device`."""
-        half_N = self.tail_logmoment_half_N
+        half_N, dense_tail = self.tail_logmoment_half_N, self.dense_tail
         return dataclasses.replace(
             self,
             ids_NK=self.ids_NK.to(device, non_blocking=non_blocking),
             logprobs_NK=self.logprobs_NK.to(device, non_blocking=non_blocking),
             tail_logmass_N=self.tail_logmass_N.to(device, non_blocking=non_blocking),
             tail_logmoment_half_N=None if half_N is None else half_N.to(device, non_blocking=non_blocking),
+            dense_tail=None if dense_tail is None else dense_tail.to(device, non_blocking=non_blocking),
         )
 
 
@@ -216,37 +246,20 @@ def _widen(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _check_tensor(name: str, value: Tensor, *, n_axes: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if value.dim() != n_axes:
-        raise ValueError(f"{name} must have {n_axes} axes (the capitals in its name), got shape {tuple(value.shape)}")
-
-
 def _check_values(teacher: TeacherBatch) -> None:
     """Raise ValueError for values that describe no distribution; reads every value, so for CPU tensors only."""
     ids_NK, vocab_size, present_N = teacher.ids_NK, teacher.vocab_size, teacher.present_N
     mass_N, half_N = teacher.tail_logmass_N, teacher.tail_logmoment_half_N
     bad_id_N = ((ids_NK < -1) | (ids_NK >= vocab_size)).any(dim=1)
-    _refuse(bad_id_N, f"ids outside [0, {vocab_size}) that are not the pad -1", ids_NK)
-    _refuse(((ids_NK >= 0) & teacher.logprobs_NK.isnan()).any(dim=1), "NaN log-probs", teacher.logprobs_NK)
-    _refuse(present_N & ~(mass_N <= 0), "a tail log-mass that is not at most 0 (a mass of 1)", mass_N)
+    refuse_rows(bad_id_N, f"ids outside [0, {vocab_size}) that are not the pad -1", ids_NK)
+    refuse_rows(((ids_NK >= 0) & teacher.logprobs_NK.isnan()).any(dim=1), "NaN log-probs", teacher.logprobs_NK)
+    refuse_rows(present_N & ~(mass_N <= 0), "a tail log-mass that is not at most 0 (a mass of 1)", mass_N)
     no_room_N = present_N & (teacher.n_tail_N == 0) & (mass_N > -math.inf)
-    _refuse(no_room_N, f"all {vocab_size} tokens as entries, yet a tail log-mass that is not -inf", mass_N)
+    refuse_rows(no_room_N, f"all {vocab_size} tokens as entries, yet a tail log-mass that is not -inf", mass_N)
     # With K = V and no half moment given, NaN stands for "unknown"; everywhere else it is a fault.
     if half_N is not None and ids_NK.shape[1] < vocab_size:
-        _refuse(present_N & half_N.isnan(), "entries, yet no tail log-moment at 1/T = 1/2", half_N)
+        refuse_rows(present_N & half_N.isnan(), "entries, yet no tail log-moment at 1/T = 1/2", half_N)
     if ids_NK.numel() <= _MAX_ENTRIES_SEARCHED_FOR_REPEATS:
         sorted_NK = ids_NK.sort(dim=1).values
         repeated_NK = (sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)
-        _refuse(repeated_NK.any(dim=1), "an id more than once; ids are unique in a row", ids_NK)
-
-
-def _refuse(bad_N: Tensor, what: str, values: Tensor) -> None:
-    if bad_N.any():
-        row = int(bad_N.nonzero()[0, 0])
-        got = values[row].tolist()
-        shown = f"{got[:8]}..." if isinstance(got, list) and len(got) > 8 else got
-        raise ValueError(f"teacher row {row} has {what}: got {shown} ({int(bad_N.sum())} such rows)")
+        refuse_rows(repeated_NK.any(dim=1), "an id more than once; ids are unique in a row", ids_NK)

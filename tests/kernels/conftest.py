@@ -12,7 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: student and teacher logits [N, V] float64, what a batch keeps of the latter, labels [N]."""
+    """One problem: student and teacher logits [N, V] float64, what a batch keeps of the latter, labels [N].
+
+    The batch's dense tail has a random shape: it is the teacher's in mass alone.
+    """
 
     logits_NV: Tensor
     teacher_logits_NV: Tensor
@@ -35,7 +38,16 @@ def make_case(n: int, v: int, k: int, *, seed: int = 0, spread: float = 3.0) -> 
     # Half of the student agrees with the teacher, as one that has learned something does.
     student_NV = 0.5 * (student_NV + teacher_NV)
     labels_N = torch.randint(0, v, (n,), generator=rng)
-    return Case(student_NV, teacher_NV, teacher_of(teacher_NV, k), labels_N)
+    teacher = teacher_of(teacher_NV, k).with_dense_tail(*random_shape(n, v, seed=seed, spread=spread))
+    return Case(student_NV, teacher_NV, teacher, labels_N)
+
+
+def random_shape(n: int, v: int, *, r: int = 3, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(coefs_Nr, basis_Vr, bias_V) of tails that have nothing to do with a teacher's, float64."""
+    rng = torch.Generator().manual_seed(seed + 1)
+    shapes = ((n, r), (v, r), (v,))
+    coefs_Nr, basis_Vr, bias_V = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes)
+    return coefs_Nr * spread / r**0.5, basis_Vr, bias_V * spread
 
 
 def teacher_of(teacher_logits_NV: Tensor, k: int) -> TeacherBatch:
@@ -77,6 +89,12 @@ def kl_row_by_hand(z_V: np.ndarray, teacher: TeacherBatch, row: int, temperature
     t_tail = math.exp(rho_normalised)
     if tail == "bucket":
         return kl + t_tail * (rho_normalised - _logsumexp(logq_V[others]))
+    if tail == "dense":
+        dense = teacher.dense_tail
+        shape = dense.basis_Vr[others].double().numpy() @ dense.coefs_Nr[row].double().numpy()
+        shape = (shape + dense.bias_V[others].double().numpy()) / temperature
+        logt = rho_normalised + shape - _logsumexp(shape)
+        return kl + float((np.exp(logt) * (logt - logq_V[others])).sum())
     share = t_tail / n_tail
     return kl + float((share * (math.log(share) - logq_V[others])).sum())
 
@@ -98,6 +116,11 @@ def loss_rows_by_hand(case: Case, temperature: float, alpha: float, tail: str) -
 @pytest.fixture(scope="session")
 def case_factory():
     return make_case
+
+
+@pytest.fixture(scope="session")
+def shape_factory():
+    return random_shape
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,7 @@ BAD_OPTIONS = [
     ({"alpha": -0.1}, ValueError, r"alpha must be in \[0, 1\].*got -0\.1"),
     ({"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\].*got 1\.5"),
     ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
-    ({"tail": "ghost"}, ValueError, "tail must be one of bucket, uniform, renormalised, dropped, sampled, got 'ghost'"),
-    ({"tail": "dense"}, ValueError, "tail='dense' is impossible: the teacher batch has no tail coefficients"),
+    ({"tail": "ghost"}, ValueError, "one of bucket, uniform, renormalised, dropped, dense, sampled, got 'ghost'"),
     ({"tail": "sampled"}, ValueError, "tail='sampled' is impossible: the teacher batch holds top-k entries"),
     ({"reduction": "batchmean"}, ValueError, "reduction must be one of none, sum, mean, got 'batchmean'"),
     ({"reduction": "sum", "num_items_in_batch": 3}, ValueError, "denominator of reduction='mean', got reduction='sum'"),
@@ -87,6 +86,18 @@ def test_a_label_outside_the_vocabulary(case_factory, loss_function, label):
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
+def test_a_dense_tail_must_have_been_given(case_factory, loss_function):
+    case = case_factory(3, 11, 4)
+    teacher = replace(case.teacher, dense_tail=None)
+    message = (
+        "tail='dense' is impossible: the teacher batch has no tail coefficients and basis, which with_dense_tail adds; "
+        "use one of bucket, uniform, renormalised, dropped$"
+    )
+    with pytest.raises(ValueError, match=message):
+        loss_function(case.logits_NV, teacher, case.labels_N, tail="dense")
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
 def test_samples_have_one_tail_and_one_temperature(case_factory, loss_function):
     case = case_factory(3, 11, 4)
     samples = TeacherBatch.from_samples(case.teacher.ids_NK, case.teacher.logprobs_NK, vocab_size=11)
@@ -94,7 +105,7 @@ def test_samples_have_one_tail_and_one_temperature(case_factory, loss_function):
         message = f"tail='{tail}' is impossible: the teacher batch holds weighted samples.*use one of sampled"
         with pytest.raises(ValueError, match=message):
             loss_function(case.logits_NV, samples, case.labels_N, 1.0, tail=tail)
-    with pytest.raises(ValueError, match="tail='dense' is impossible"):
+    with pytest.raises(ValueError, match="tail='dense' is impossible: the teacher batch holds weighted samples"):
         loss_function(case.logits_NV, samples, case.labels_N, 1.0, tail="dense")
     for temperature in (0.5, 2.0):
         with pytest.raises(ValueError, match=f"tail='sampled' needs temperature=1, got {temperature}: samples are unb"):
@@ -102,7 +113,7 @@ def test_samples_have_one_tail_and_one_temperature(case_factory, loss_function):
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-@pytest.mark.parametrize("tail", ["bucket", "uniform", "dropped"])
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "dropped", "dense"])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_a_temperature_that_needs_the_half_moment(case_factory, loss_function, tail, temperature):
     case = case_factory(3, 11, 4)

@@ -6,7 +6,7 @@ from logitstore_kernels import TeacherBatch, distillation_loss, distillation_los
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TAILS = ["bucket", "uniform", "renormalised", "dropped"]
+TAILS = ["bucket", "uniform", "renormalised", "dropped", "dense"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -69,15 +69,17 @@ def test_it_cannot_be_differentiated_twice(case_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inplace_writes_the_same_gradient_over_the_logits(case_factory, value_and_gradient, dtype):
+@pytest.mark.parametrize("tail", TAILS)
+def test_inplace_writes_the_same_gradient_over_the_logits(case_factory, value_and_gradient, dtype, tail):
     case = case_factory(5, 21, 4).with_ignored(1)
     leaf = case.leaf(dtype)
     logits_NV = leaf * 1  # mul by a constant does not need its output
     version = logits_NV._version
-    loss = distillation_loss(logits_NV, case.teacher, case.labels_N, inplace=True)
+    args = (case.teacher, case.labels_N, 2.0, 0.7, tail)
+    loss = distillation_loss(logits_NV, *args, inplace=True)
     assert logits_NV._version > version
     loss.backward()
-    expected, expected_gradient = value_and_gradient(distillation_loss, case.leaf(dtype), case.teacher, case.labels_N)
+    expected, expected_gradient = value_and_gradient(distillation_loss, case.leaf(dtype), *args)
     assert torch.equal(loss.detach().double(), expected)
     assert torch.equal(leaf.grad.double(), expected_gradient)
     assert torch.equal(logits_NV.detach().double(), expected_gradient)
@@ -100,11 +102,14 @@ def test_inplace_leaves_logits_alone_where_no_gradient_is_wanted(case_factory):
     assert loss.item() == distillation_loss(leaf, case.teacher, case.labels_N).item()
 
 
-def test_autocast_changes_nothing(case_factory, value_and_gradient):
+@pytest.mark.parametrize("loss_function", [distillation_loss, distillation_loss_reference])
+@pytest.mark.parametrize("tail", TAILS)
+def test_autocast_changes_nothing(case_factory, value_and_gradient, loss_function, tail):
     case = case_factory(5, 1003, 4)
-    plain = value_and_gradient(distillation_loss, case.leaf(torch.float32), case.teacher, case.labels_N)
+    args = (case.leaf(torch.float32), case.teacher, case.labels_N, 2.0, 0.7, tail)
+    plain = value_and_gradient(loss_function, *args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = value_and_gradient(distillation_loss, case.leaf(torch.float32), case.teacher, case.labels_N)
+        under = value_and_gradient(loss_function, *args)
     assert torch.equal(plain[0], under[0])
     assert torch.equal(plain[1], under[1])
 
@@ -165,7 +170,8 @@ class LargeAllocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_n_times_v_but_the_gradient(teacher_from_logits, dtype, inplace):
+@pytest.mark.parametrize("tail", ["bucket", "dense"])
+def test_no_tensor_of_n_times_v_but_the_gradient(teacher_from_logits, shape_factory, dtype, inplace, tail):
     n, v = 160, 32_768
     rng = torch.Generator().manual_seed(0)
     logits_NV = torch.randn(n, v, generator=rng).to(dtype).requires_grad_()
@@ -174,10 +180,12 @@ def test_no_tensor_of_n_times_v_but_the_gradient(teacher_from_logits, dtype, inp
         *(x.expand(n, *x.shape[1:]) for x in (teacher.ids_NK, teacher.logprobs_NK, teacher.tail_logmass_N,
           teacher.tail_logmoment_half_N)), vocab_size=v,
     )  # fmt: skip
+    coefs_Nr, basis_Vr, bias_V = shape_factory(n, v, r=128)
+    teacher = teacher.with_dense_tail(coefs_Nr.float(), basis_Vr.bfloat16(), bias_V.float())
     labels_N = torch.arange(n)
     labels_N[::3] = -100
     with LargeAllocations(n * v, known=logits_NV) as large:
-        loss = distillation_loss(logits_NV, teacher, labels_N, inplace=inplace)
+        loss = distillation_loss(logits_NV, teacher, labels_N, tail=tail, inplace=inplace)
         (2 * loss).backward()
     assert len(large.storages) == (0 if inplace else 1), large.storages
     assert logits_NV.grad[1].abs().max() > 0

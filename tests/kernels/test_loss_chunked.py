@@ -15,7 +15,7 @@ from logitstore_kernels.chunk_math import LossTerms
 from logitstore_kernels.chunked import chunked_loss_rows
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 
-TAILS = ["bucket", "uniform", "renormalised", "dropped"]
+TAILS = ["bucket", "uniform", "renormalised", "dropped", "dense"]
 TEMPERATURES = [1.0, 1.5, 2.0, 4.0, 0.7]
 
 
@@ -115,6 +115,7 @@ def test_any_batch_equals_the_reference(
     teacher = TeacherBatch.from_topk(
         ids_NK, case.teacher.logprobs_NK, case.teacher.tail_logmass_N, half_N, vocab_size=case.teacher.vocab_size
     )
+    teacher = replace(teacher, dense_tail=case.teacher.dense_tail)
     args = (teacher, case.labels_N, temperature, alpha, tail, -100, "none")
     loss, gradient = value_and_gradient(distillation_loss, logits_NW, *args)
     expected, expected_gradient = value_and_gradient(distillation_loss_reference, logits_NW, *args)
@@ -187,7 +188,7 @@ def test_minus_inf_student_logits(case_factory, value_and_gradient):
             args = (case.teacher, labels_N, temperature, 0.7, tail, -100, "none")
             expected, expected_gradient = value_and_gradient(distillation_loss_reference, logits_NV, *args)
             loss, gradient = value_and_gradient(distillation_loss, logits_NV, *args)
-            finite_N = [False, tail != "uniform", tail in ("renormalised", "dropped"), True]
+            finite_N = [False, tail not in ("uniform", "dense"), tail in ("renormalised", "dropped"), True]
             assert loss.isfinite().tolist() == finite_N
             assert (loss[~loss.isfinite()] == math.inf).all()
             torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -205,6 +206,7 @@ def test_one_hot_teacher(case_factory, tail):
         torch.full((3,), -math.inf),
         vocab_size=20,
     )
+    teacher = replace(teacher, dense_tail=case.teacher.dense_tail)
     for temperature in (1.0, 2.0):
         parts = distillation_loss_parts(case.logits_NV, teacher, case.labels_N, temperature, tail=tail)
         nll = -(case.logits_NV / temperature).log_softmax(-1).gather(1, case.labels_N[:, None]).mean()
@@ -213,24 +215,30 @@ def test_one_hot_teacher(case_factory, tail):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss_parts", [distillation_loss_parts, distillation_loss_parts_reference])
-def test_uncounted_rows_have_no_value_and_a_gradient_of_exactly_zero(case_factory, dtype, loss_parts):
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_uncounted_rows_have_no_value_and_a_gradient_of_exactly_zero(case_factory, dtype, loss_parts, tail, poison):
     case = case_factory(6, 21, 4).with_ignored(0, 3)
     ids_NK = case.teacher.ids_NK.clone()
     ids_NK[4] = -1  # absent, though its label is a token
     mass_N, half_N = case.teacher.tail_logmass_N.clone(), case.teacher.tail_logmoment_half_N.clone()
     mass_N[4] = half_N[4] = math.nan
+    dense = case.teacher.dense_tail
+    coefs_Nr = dense.coefs_Nr.clone()
+    coefs_Nr[4] = math.nan
     teacher = TeacherBatch.from_topk(ids_NK, case.teacher.logprobs_NK, mass_N, half_N, vocab_size=21)
+    teacher = teacher.with_dense_tail(coefs_Nr, dense.basis_Vr, dense.bias_V)
     leaf = case.leaf(dtype).detach()
-    leaf[[0, 3, 4]] = math.nan
+    leaf[[0, 3, 4]] = poison
     leaf.requires_grad_()
-    parts = loss_parts(leaf, teacher, case.labels_N)
+    parts = loss_parts(leaf, teacher, case.labels_N, tail=tail)
     parts.loss.backward()
     keep_rows = [1, 2, 5]
     kept_teacher = TeacherBatch.from_topk(
         ids_NK[keep_rows], teacher.logprobs_NK[keep_rows], mass_N[keep_rows], half_N[keep_rows], vocab_size=21
-    )
+    ).with_dense_tail(coefs_Nr[keep_rows], dense.basis_Vr, dense.bias_V)
     expected = distillation_loss_parts_reference(
-        leaf.detach()[keep_rows].double(), kept_teacher, case.labels_N[keep_rows]
+        leaf.detach()[keep_rows].double(), kept_teacher, case.labels_N[keep_rows], tail=tail
     )
     for got, want in zip(parts, expected, strict=True):
         assert got.item() == pytest.approx(want.item(), rel=1e-6)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from logitstore_kernels import TeacherBatch
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 
-TAILS = ["bucket", "uniform", "renormalised", "dropped"]
+TAILS = ["bucket", "uniform", "renormalised", "dropped", "dense"]
 TEMPERATURES = [1.0, 1.5, 2.0, 4.0, 0.7]
 
 
@@ -46,9 +46,10 @@ def test_reference_equals_the_sum_by_hand(case_factory, by_hand, temperature, ta
 def test_with_every_token_kept_it_is_the_usual_loop(case_factory, temperature, tail):
     case = case_factory(7, 19, 19)
     ours, usual = case.leaf(torch.float64), case.leaf(torch.float64)
-    loss = distillation_loss_reference(
-        ours, all_tokens_kept(case.teacher_logits_NV), case.labels_N, temperature, tail=tail
+    teacher = all_tokens_kept(case.teacher_logits_NV).with_dense_tail(
+        torch.ones(7, 1), torch.ones(19, 1), torch.ones(19)
     )
+    loss = distillation_loss_reference(ours, teacher, case.labels_N, temperature, tail=tail)
     expected = usual_loop(usual, case.teacher_logits_NV, case.labels_N, temperature)
     loss.backward()
     expected.backward()
