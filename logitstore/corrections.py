@@ -73,11 +73,9 @@ class CorrectionTables:
         return (value * (np.float32(self.step) / np.sqrt(self.weights[classes_R]))[:, None]).astype(np.float32)
 
 
-def row_classes(
-    moment_codes: tuple[NDArray[np.integer], NDArray[np.integer]], odds_context: NDArray
-) -> NDArray[np.int64]:
-    """The class of each present row, from the coarse codes of its moments and the context of its odds (0 to 8)."""
-    excess = np.minimum(moment_codes[1].astype(np.int64) // int(COARSE.excess_steps / 2), N_EXCESS - 1)
+def row_classes(excess_codes: NDArray[np.integer], odds_context: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The class of each present row, from the coarse code of its half moment and the context of its odds (0 to 8)."""
+    excess = np.minimum(excess_codes.astype(np.int64) // int(COARSE.excess_steps / 2), N_EXCESS - 1)
     return odds_context * N_EXCESS + excess
 
 

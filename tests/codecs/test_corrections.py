@@ -10,6 +10,7 @@ from logitstore.corrections import (
     N_CONTEXTS,
     CorrectionTables,
     fit_corrections,
+    row_classes,
     undo_zigzag,
     zigzag,
 )
@@ -108,3 +109,8 @@ def test_tables_that_are_none_are_refused(name: str, value: np.ndarray, message:
     fields = {key: getattr(good, key) for key in ("step", "weights", "contexts", "levels", "symbols")}
     with pytest.raises(CorruptionError, match=message):
         CorrectionTables(**{**fields, name: value})
+
+
+def test_each_row_has_the_class_of_its_own_moments() -> None:
+    excess, odds = np.array([0, 7, 8, 41, 200]), np.array([0, 4, 4, 8, 1])
+    np.testing.assert_array_equal(row_classes(excess, odds), [0, 32, 33, 69, 15])

@@ -29,7 +29,8 @@ def collate(samples: Sequence["Sample"], pad_token_id: int = 0) -> dict[str, tor
     -100 where it is not to be learned: position 0, pads, tokens outside the loss mask, and tokens whose teacher row is
     absent. teacher_ids [B, L, K] int32 (-1 in pads) and teacher_logprobs [B, L, K] float32 (natural log at T = 1, -inf
     in pads) hold the kept entries, teacher_tail_logmass and teacher_tail_logmoment_half [B, L] float32 the tail (NaN
-    where the row is absent). Teacher row t describes token t + 1, so a sample's last row is absent.
+    where the row is absent). Teacher row t describes token t + 1, so a sample's last row is absent. A store with
+    corrections of predicted tails adds teacher_corrections [B, L, width] float32, 0 where there are none.
 
     Raises ValueError for an empty list, TypeError for what is not a sample of a store, and SpecMismatchError for
     samples of several vocabularies.
@@ -59,6 +60,8 @@ def collate(samples: Sequence["Sample"], pad_token_id: int = 0) -> dict[str, tor
         "teacher_tail_logmass": moments[0],
         "teacher_tail_logmoment_half": moments[1],
     }
+    if samples[0].targets.corrections is not None:
+        batch["teacher_corrections"] = _place_corrections(samples, length)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -78,6 +81,15 @@ def _place_entries(
     ids_BLK[used_BLK] = np.concatenate([sample.targets.ids for sample in samples])
     logprobs_BLK[used_BLK] = np.concatenate([sample.targets.logps for sample in samples])
     return ids_BLK, logprobs_BLK
+
+
+def _place_corrections(samples: Sequence["Sample"], length: int) -> NDArray[np.float32]:
+    width = max(sample.targets.corrections.shape[1] for sample in samples)
+    corrections_BLr = np.zeros((len(samples), length, width), dtype=np.float32)
+    for b, sample in enumerate(samples):
+        corrections = sample.targets.corrections
+        corrections_BLr[b, : len(corrections), : corrections.shape[1]] = corrections
+    return corrections_BLr
 
 
 def _check_samples(samples: Sequence["Sample"]) -> None:

@@ -1,7 +1,9 @@
 """From a collated batch to the teacher that the loss kernels take, with what a store says once instead of per row.
 
-Today that is the vocabulary size alone, so the module holds no tensors; value tables and tail models belong here. A
-dataset built from several stores is accepted only if one decoder serves them all.
+That is the vocabulary size, and for a store with predicted tails the tail model, which runs here, on the device of the
+batch, over whole sequences. A dataset built from several stores is accepted only if one decoder serves them all.
+
+Letters: B batch, L length, K entries, r coefficients, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,24 +12,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from logitstore_kernels import TeacherBatch
 
+from logitstore.codecs.checks import require_tables
 from logitstore.errors import SpecMismatchError
+from logitstore.tail_model import TailInputs, model_tensors, predicted_coefs
 
 if TYPE_CHECKING:
     from logitstore import LogitStore, StoreSpec
 
 
-_LOSS_TAIL_OF_CODEC = {"residual": "bucket", "sampled": "sampled"}
+_LOSS_TAIL_OF_CODEC = {"residual": "bucket", "sampled": "sampled", "predicted": "dense"}
 
 
 class TeacherDecoder(torch.nn.Module):
     """Decodes batches of one store: `TeacherDecoder(store).to(device)(batch)` is a TeacherBatch of B * L rows.
 
-    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's.
+    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's. Of a
+    store with predicted tails the batch has the dense tail; the model's arrays are buffers, which `to` moves and no
+    checkpoint holds.
     """
 
     def __init__(self, store: "LogitStore") -> None:
         super().__init__()
         self.spec: StoreSpec = store.spec
+        self._model_names: list[str] = []
+        if self.spec.codec.tail == "predicted":
+            tensors = model_tensors(require_tables(self.spec.codec).predictor.model)
+            self._model_names = list(tensors)
+            for name, tensor in tensors.items():
+                self.register_buffer(f"tail_{name}", tensor, persistent=False)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> TeacherBatch:
         """The teacher of a batch made by `collate`, on the batch's device.
@@ -42,11 +54,33 @@ class TeacherDecoder(torch.nn.Module):
         if self.spec.codec.tail == "sampled":
             ids_NK, logweights_NK = (batch[name].flatten(0, 1) for name in ("teacher_ids", "teacher_logprobs"))
             return TeacherBatch.from_samples(ids_NK, logweights_NK, vocab_size=self.spec.vocab_size)
-        return TeacherBatch.from_collated(batch, vocab_size=self.spec.vocab_size)
+        teacher = TeacherBatch.from_collated(batch, vocab_size=self.spec.vocab_size)
+        if not self._model_names:
+            return teacher
+        tensors = {name: getattr(self, f"tail_{name}") for name in self._model_names}
+        return teacher.with_dense_tail(_coefs(tensors, batch).flatten(0, 1), tensors["basis"], tensors["bias"])
+
+
+@torch.no_grad()
+def _coefs(tensors: dict[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Coefficients of the tails' logits [B, L, r]: predicted, and corrected where the store has corrections."""
+    input_ids, ids, logps = batch["input_ids"], batch["teacher_ids"].long(), batch["teacher_logprobs"].float()
+    mass, half = batch["teacher_tail_logmass"], batch["teacher_tail_logmoment_half"]
+    following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
+    entry = ids >= 0
+    head = logps.masked_fill(~entry, -torch.inf).logsumexp(-1, keepdim=True)
+    shift = torch.log(-torch.expm1(mass.clamp(max=-1e-9)))[..., None] - head
+    logps = torch.where(entry, logps + shift, 0.0)
+    coefs = predicted_coefs(tensors, TailInputs(input_ids, following, ids, logps, mass, half))
+    corrections = batch.get("teacher_corrections")
+    if corrections is not None:
+        coefs[..., : corrections.shape[-1]] += corrections
+    return coefs
 
 
 def default_tail(decoder: TeacherDecoder) -> str:
-    """How the loss treats what the store's codec says of the tail: "bucket" for residual mass, "sampled" for samples.
+    """How the loss treats what the store's codec says of the tail: "bucket" for residual mass, "dense" for predicted
+    tails, "sampled" for samples.
 
     Raises ValueError for a codec without a default.
     """

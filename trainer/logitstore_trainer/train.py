@@ -11,7 +11,7 @@ from typing import Any
 
 DTYPES = ("auto", "bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-TAILS = ("bucket", "uniform", "renormalised", "dropped", "sampled")
+TAILS = ("bucket", "uniform", "renormalised", "dropped", "dense", "sampled")
 EXAMPLES = """examples:
   logitstore train --student 20M --data teacher_logits.parquet --out student
   logitstore train --student HuggingFaceTB/SmolLM2-135M --data teacher_logits.parquet --eval-fraction 0.05 --out student
