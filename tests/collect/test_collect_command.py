@@ -84,6 +84,42 @@ def test_the_seed_article_s_flags_give_a_verified_store_of_the_teacher_s_distrib
     assert "has 20 samples" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tail_step", [None, 0.3])
+def test_tables_of_a_fitted_codec_are_used(
+    teacher_folder: Path, prompts: Path, tmp_path: Path, tail_step: float | None, capsys: pytest.CaptureFixture
+) -> None:
+    plain = tmp_path / "plain.parquet"
+    assert collect(teacher_folder, prompts, plain) == 0
+    texts = [sample.input_ids for sample in logitstore.open(plain)]
+    logits = [teacher_logprobs(teacher_folder, ids).astype(np.float32) for ids in texts]
+    codec = logitstore.make_codec("topk", vocab_size=260, k=8, head="log", tail="predicted", tail_step=tail_step)
+    logitstore.calibrate(codec, logits, texts).save(tmp_path / "tables")
+    out = tmp_path / "fitted.parquet"
+    assert collect(teacher_folder, prompts, out, "--tables", str(tmp_path / "tables")) == 0
+    store = logitstore.open(out)
+    assert store.verify().ok
+    codec = store.spec.codec
+    assert (codec.tail, codec.tail_step, codec.is_fitted) == ("predicted", tail_step, True)
+    for sample, values in zip(store, logits, strict=True):
+        expected = codec.targets_from_logits(values, sample.input_ids, sample.targets.present)
+        present = sample.targets.present
+        np.testing.assert_allclose(
+            sample.targets.dense_logprobs(2.0)[present], expected.dense_logprobs(2.0)[present], atol=0.4
+        )
+        difference = np.abs(sample.targets.dense_logprobs(2.0) - expected.dense_logprobs(2.0))[present]
+        assert difference.mean() < 0.01  # a coefficient at the edge of its interval may round the other way
+    again = tmp_path / "again.parquet"
+    assert collect(teacher_folder, prompts, again, "--tables", str(out)) == 0
+    assert logitstore.open(again).spec.codec == codec
+    capsys.readouterr()
+    assert collect(teacher_folder, prompts, tmp_path / "x", "--tables", str(out), "--set", "k=3") == 2
+    assert "--tables names a codec with all its options" in capsys.readouterr().err
+    other = logitstore.make_codec("topk", vocab_size=50, k=4)
+    logitstore.calibrate(other, np.zeros((5, 50), np.float32), np.arange(5)).save(tmp_path / "other")
+    assert collect(teacher_folder, prompts, tmp_path / "x", "--tables", str(tmp_path / "other")) == 2
+    assert "fitted for a vocabulary of 50, " in capsys.readouterr().err
+
+
 def test_batches_do_not_change_what_is_stored(teacher_folder: Path, prompts: Path, tmp_path: Path) -> None:
     assert collect(teacher_folder, prompts, tmp_path / "a.parquet", "--batch-size", "1", "--set", "head=fp16") == 0
     assert collect(teacher_folder, prompts, tmp_path / "b.parquet", "--batch-size", "7", "--set", "head=fp16") == 0

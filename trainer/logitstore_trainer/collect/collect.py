@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import logitstore
-from logitstore.codecs.registry import Codec
+from logitstore.codecs.registry import CONFIG_FILE, Codec, load_codec
+from logitstore.errors import SpecMismatchError
 from logitstore.fingerprint import sha256_json
 from logitstore.shard_reader import ShardReader
 from logitstore.shard_writer import GROUP_SAMPLES
@@ -261,6 +262,15 @@ def _max_length(settings: CollectSettings, info: TeacherInfo) -> int:
 
 
 def _codec(settings: CollectSettings, info: TeacherInfo) -> Codec:
+    if settings.tables is not None:
+        is_saved = (settings.tables / CONFIG_FILE).is_file()
+        codec = load_codec(settings.tables) if is_saved else logitstore.open(settings.tables).spec.codec
+        if codec.vocab_size != info.vocab_size:
+            raise SpecMismatchError(
+                f"--tables {settings.tables}: fitted for a vocabulary of {codec.vocab_size:,}, {info.name} has "
+                f"{info.vocab_size:,}; fit a codec to this teacher"
+            )
+        return codec
     return logitstore.make_codec(settings.codec, vocab_size=info.vocab_size, **settings.codec_options)
 
 

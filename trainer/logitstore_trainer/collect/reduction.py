@@ -7,15 +7,15 @@ batches nor the device decide what is drawn, and a sampler on the device could t
 Letters: N kept rows of a batch, n rows of a chunk, U uniforms a row, V columns of the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from logitstore_kernels import topk_with_tail
 
 from logitstore import TeacherTargets
+from logitstore.codecs.checks import require_tables
 from logitstore.codecs.interface import Codec
 from logitstore.codecs.sampled import SampledCodec
 from logitstore_trainer.collect.forward import Reduce
@@ -27,7 +27,8 @@ def reduction_for(codec: Codec, sequences: Sequence[np.ndarray], keep_masks: Seq
     sequences: B arrays [L_b] of token ids; keep_masks: B arrays [L_b - 1] bool, or None where every row is kept.
     """
     if not isinstance(codec, SampledCodec):
-        return partial(topk_with_tail, k=codec.k, vocab_size=codec.vocab_size)
+        top = partial(topk_with_tail, k=codec.k, vocab_size=codec.vocab_size)
+        return top if codec.tail_step is None else partial(_top_and_coefs, codec, top)
     uniforms = [codec.uniforms(ids) for ids in sequences]
     kept = [u if keep_mask is None else u[keep_mask] for u, keep_mask in zip(uniforms, keep_masks, strict=True)]
     return _Sampler(codec, np.concatenate(kept))
@@ -37,8 +38,18 @@ def reduced_targets(
     codec: Codec, columns: Sequence[torch.Tensor], *, input_ids: np.ndarray, keep_mask: np.ndarray | None
 ) -> TeacherTargets:
     """The targets of one sequence, from its rows as reduction_for left them."""
-    make: Any = codec.targets_from_samples if isinstance(codec, SampledCodec) else codec.targets_from_topk
-    return make(*columns, input_ids=input_ids, keep_mask=keep_mask)
+    if isinstance(codec, SampledCodec):
+        return codec.targets_from_samples(*columns, input_ids=input_ids, keep_mask=keep_mask)
+    top, coefs = columns[:4], columns[4] if len(columns) > 4 else None
+    return codec.targets_from_topk(*top, input_ids=input_ids, keep_mask=keep_mask, teacher_coefs=coefs)
+
+
+def _top_and_coefs(
+    codec: Codec, top: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], logits_nV: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The top k, and the coefficients that corrections of a predicted tail are coded against (on the CPU)."""
+    coefs = require_tables(codec).predictor.teacher_coefs(logits_nV, np.arange(len(logits_nV)))
+    return (*top(logits_nV), torch.from_numpy(coefs))
 
 
 class _Sampler:

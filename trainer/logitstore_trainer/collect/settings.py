@@ -32,7 +32,8 @@ Interrupted, the same command continues where it stopped; finished, it says so a
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """codec_options: the codec's options beside vocab_size. max_length: tokens of a sample. max_tokens: stop after the
+    """codec_options: the codec's options beside vocab_size. tables: a folder that codec.save wrote, or a store, whose
+    fitted codec is used instead. max_length: tokens of a sample. max_tokens: stop after the
     sample that reaches it. generate: most new tokens of a completion that the teacher writes. keep_prompt: store the
     rows of tokens that are not learned, too."""
 
@@ -41,6 +42,7 @@ class CollectSettings:
     out: Path
     codec: str = "topk"
     codec_options: Mapping[str, Any] = field(default_factory=dict)
+    tables: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int = DEFAULT_BATCH_SIZE
@@ -59,6 +61,8 @@ class CollectSettings:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not 0 <= self.generate_temperature < float("inf"):
             raise ValueError(f"--generate-temperature must be 0 or above, got {self.generate_temperature}")
+        if self.tables is not None and (self.codec_options or self.codec != "topk"):
+            raise ValueError("--tables names a codec with all its options; leave out --codec and --set")
         for name in {"name", "vocab_size"} & set(self.codec_options):
             raise ValueError(
                 f"--set {name} is not an option: the codec is named by --codec, its vocabulary is the teacher's"
@@ -76,9 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stored.add_argument("--codec", default="topk", help="topk (default); varopt or rskd: samples, for T = 1")
     stored.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
-        help="an option of the codec: k=64, head=int8|fp8|fp16, tail=residual; draws=50 (rskd), seed=0 (varopt, rskd); "
-        "may be repeated",
+        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, min_prob=0.01; draws=50 (rskd), seed=0 "
+        "(varopt, rskd); may be repeated",
     )  # fmt: skip
+    stored.add_argument(
+        "--tables", type=Path, metavar="DIR", help="a fitted codec: a folder that codec.save wrote, or another store"
+    )
     stored.add_argument("--keep-prompt", action="store_true", help="store rows of tokens that are not learned, too")
     stored.add_argument(
         "--max-length", type=int, metavar="L",
