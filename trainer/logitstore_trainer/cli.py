@@ -23,6 +23,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("logitstore_trainer.demo.command", "the whole pipeline on bundled text, with a report: start here"),
+    "plan": Command("logitstore_trainer.plan.command", "which codec for a size or a fidelity, fitted to your teacher"),
     "collect": Command("logitstore_trainer.collect.command", "store a teacher's distributions over a data set"),
     "inspect": Command("logitstore_trainer.store_commands.inspect", "what a store holds"),
     "verify": Command("logitstore_trainer.store_commands.verify", "check a store's data, checksums and alignment"),
