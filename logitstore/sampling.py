@@ -66,30 +66,35 @@ def probabilities(logits_NV: NDArray[np.float32]) -> Float64:
     return p_NV
 
 
-def varopt_sample(p_NV: Float64, k: int, uniforms_N: Float64) -> SampledRows:
-    """K = min(k, V) entries a row that stand for p without bias: E[weight] = p, and a row's weights sum to 1.
+def varopt_sample(p_NV: Float64, k: int, uniforms_N: Float64, *, max_weight: float | None = None) -> SampledRows:
+    """n entries of each row that stand for p without bias: E[weight] = p, and a row's weights sum to 1.
 
-    With p sorted, h is the smallest number such that p_(h) is below thr = (sum of p from p_(h) on) / (K - h). The h
-    tokens before it keep their probability; K - h of the others are drawn by systematic sampling with inclusion
-    probability p / thr, and each that is drawn weighs thr. Of all ways to keep K tokens without bias this has the
-    least summed variance (VarOpt: Cohen, Duffield, Kaplan, Lund, Thorup 2009). A row with at most K possible tokens
+    With p sorted, h is the smallest number such that p_(h) is below thr = (sum of p from p_(h) on) / (n - h). The h
+    tokens before it keep their probability; n - h of the others are drawn by systematic sampling with inclusion
+    probability p / thr, and each that is drawn weighs thr. Of all ways to keep n tokens without bias this has the
+    least summed variance (VarOpt: Cohen, Duffield, Kaplan, Lund, Thorup 2009). A row with at most n possible tokens
     keeps them all, exactly.
 
+    n is min(k, V) = K, or with max_weight, a fraction, the least number for which thr <= max_weight, K at most: every
+    token with p >= max_weight is exact then, and n = ceil(sum of min(1, p / max_weight)).
+
     uniforms_N in [0, 1): drawn are the tokens, in the order of their ids, in whose share of the tail's cumulative
-    sum one of the points (u + j) * thr lies, j = 0 .. K - h - 1.
+    sum one of the points (u + j) * thr lies, j = 0 .. n - h - 1.
     """
     k = min(k, p_NV.shape[1])
     ids_NK, top_NK = _largest(p_NV, k)
     tail_NV = p_NV.copy()
     np.put_along_axis(tail_NV, ids_NK, 0.0, axis=1)
     beyond_N = tail_NV.sum(axis=1)
-    n_exact_N = _n_exact(top_NK, beyond_N)
     rank_K = np.arange(k)
+    n_N = np.full(len(p_NV), k) if max_weight is None else _n_entries(top_NK, beyond_N, max_weight)
+    has_more_N = beyond_N + np.where(rank_K >= n_N[:, None], top_NK, 0).sum(axis=1) > 0
+    n_exact_N = _n_exact(top_NK, beyond_N, n_N, has_more_N)
     exact_NK = rank_K < n_exact_N[:, None]
     np.put_along_axis(tail_NV, ids_NK, np.where(exact_NK, 0.0, top_NK), axis=1)
 
     cumulative_NV = np.cumsum(tail_NV, axis=1, out=tail_NV)
-    n_drawn_N = np.where(beyond_N > 0, k - n_exact_N, 0)
+    n_drawn_N = np.where(has_more_N, n_N - n_exact_N, 0)
     threshold_N = np.where(n_drawn_N > 0, cumulative_NV[:, -1] / np.maximum(n_drawn_N, 1), 0.0)
     drawn_NK = first_above(cumulative_NV, (uniforms_N[:, None] + rank_K) * threshold_N[:, None])
 
@@ -153,11 +158,21 @@ def _largest(p_NV: Float64, k: int) -> tuple[Int64, Float64]:
     return np.take_along_axis(ids_NK, order_NK, axis=1), np.take_along_axis(top_NK, order_NK, axis=1)
 
 
-def _n_exact(top_NK: Float64, beyond_N: Float64) -> Int64:
-    """h of each row: how many of its top tokens keep their own probability. beyond_N: the mass behind the k-th."""
-    k = top_NK.shape[1]
+def _n_entries(top_NK: Float64, beyond_N: Float64, max_weight: float) -> Int64:
+    """n of each row: the least number of entries whose threshold is at most max_weight, K at most."""
+    exact_NK = top_NK >= max_weight
+    rest_N = beyond_N + np.where(exact_NK, 0, top_NK).sum(axis=1)
+    # a rest that is a multiple of max_weight but for rounding is taken as one; any rest at all needs an entry
+    n_drawn_N = np.maximum(np.ceil(rest_N / max_weight - 1e-9), rest_N > 0)
+    return np.minimum(exact_NK.sum(axis=1) + n_drawn_N.astype(np.int64), top_NK.shape[1])
+
+
+def _n_exact(top_NK: Float64, beyond_N: Float64, n_N: Int64, has_more_N: NDArray[np.bool_]) -> Int64:
+    """h of each row: how many of its top tokens keep their own probability. beyond_N: the mass behind the K-th;
+    has_more_N: whether a token with a probability is behind the n-th."""
+    rank_K = np.arange(top_NK.shape[1])
     from_here_NK = beyond_N[:, None] + np.cumsum(top_NK[:, ::-1], axis=1)[:, ::-1]
-    threshold_NK = from_here_NK / (k - np.arange(k))
-    below_NK = top_NK < threshold_NK * _SURE
-    below_NK[:, -1] = True  # the last place has no room for a token kept for sure if anything lies beyond
-    return np.where(beyond_N > 0, np.argmax(below_NK, axis=1), (top_NK > 0).sum(axis=1))
+    threshold_NK = from_here_NK / np.maximum(n_N[:, None] - rank_K, 1)
+    # the last place has no room for a token kept for sure if anything lies behind it
+    below_NK = (top_NK < threshold_NK * _SURE) | (rank_K >= n_N[:, None] - 1)
+    return np.where(has_more_N, np.argmax(below_NK, axis=1), (top_NK > 0).sum(axis=1))

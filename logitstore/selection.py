@@ -7,11 +7,11 @@ Letters: N rows, K entries given.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.codecs.checks import require_fraction
 from logitstore.head_values import HeadFormat
 from logitstore.row_input import GivenRows
 
@@ -29,10 +29,8 @@ class Selection:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("min_prob", "top_p"):
-            value = getattr(self, name)
-            if value is not None and not _is_fraction(value):
-                raise ValueError(f"{name} must be a number above 0 and below 1, or None, got {value!r}")
+        require_fraction("min_prob", self.min_prob)
+        require_fraction("top_p", self.top_p)
         if self.min_prob is not None and self.top_p is not None:
             raise ValueError("min_prob and top_p are two rules for one choice; give one of them")
 
@@ -64,7 +62,3 @@ def _moved_to_tail(given: GivenRows, logps_NK: NDArray[np.float32], moved_NK: ND
         np.logaddexp(given.tail_logmass, np.logaddexp.reduce(logps, axis=1)).astype(np.float32),
         np.logaddexp(given.tail_logmoment_half, np.logaddexp.reduce(logps / 2, axis=1)).astype(np.float32),
     )
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1

@@ -38,6 +38,13 @@ def require_int(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
+def require_fraction(name: str, value: Any) -> None:
+    """Raises ValueError for an option that is neither None nor a number above 0 and below 1."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < 1):
+        raise ValueError(f"{name} must be a number above 0 and below 1, or None, got {value!r}")
+
+
 def require_tables(codec: Codec) -> CodecTables:
     """The tables of a fitted codec. Raises SpecMismatchError where they are not at hand."""
     if codec.tables_sha256 is None:

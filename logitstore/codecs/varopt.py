@@ -1,5 +1,7 @@
-"""The varopt codec: k tokens a row, the likely ones exactly and a threshold sample of the others.
+"""The varopt codec: a few tokens a row, the likely ones exactly and a threshold sample of the others.
 
+How many tokens a row keeps is fixed (k), or follows from the row: as many as it takes for no drawn token to weigh more
+than max_weight, which spends on flat rows what peaked rows do not need.
 Stored are ids, the log-probs of the h exact entries in a head format, h, and the mass of the other tokens in 2 bytes.
 The weight that all drawn entries share follows from it: mass / (entries - h). Before zstd a row takes
 k * id bytes + h * value bytes + 5.
@@ -8,11 +10,13 @@ The head is fp16 unless asked otherwise. Rounding is the one thing here that doe
 hold its square beside the variance of the sampling: fp16 is below 1e-5 of it, fp8 (1/16 of log p) is not negligible,
 and int8 saves less than a twentieth of the bytes, because half a dozen values hardly pay for a scale and an offset.
 
-It gives up evenness over rows: k entries of a flat row vary more than the 50 entries that `rskd` spends on such a row.
+With a fixed k it gives up evenness over rows: k entries of a flat row vary more than the 50 entries that `rskd` spends
+on such a row. With max_weight w a row varies by w * (mass that was not kept exactly) at most.
 
 Letters: R rows, P present rows, E entries, H exact entries of all rows together.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +29,7 @@ from logitstore.codecs.checks import (
     check_targets,
     expected_header,
     opened_blob,
+    require_fraction,
     require_int,
     taken_counts,
 )
@@ -52,20 +57,26 @@ from logitstore.temperature import segment_logsumexp, shifted_head
 class VarOptCodec(SampledCodec):
     """Keeps k entries a row (fewer where fewer tokens have a probability), unbiased: see sampling.varopt_sample.
 
-    head: "int8", "fp8" or "fp16", how the log-probs of the exact entries are stored. seed: 0 to 2^63 - 1.
+    max_weight: a row keeps every token with p >= max_weight exactly and as many of the others as it takes for none to
+    weigh more, k entries at most. k: 12 if None; with max_weight ceil(1 / max_weight), which no row exceeds. head:
+    "int8", "fp8" or "fp16", how the log-probs of the exact entries are stored. seed: 0 to 2^63 - 1.
     Raises ValueError for anything else.
     """
 
     codec_id: ClassVar[int] = 3
 
     vocab_size: int
-    k: int = 12
+    k: int | None = None
     head: str = "fp16"
     seed: int = 0
+    max_weight: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_size", require_int("vocab_size", self.vocab_size, 1, MAX_VOCAB_SIZE))
-        object.__setattr__(self, "k", require_int("k", self.k, 1, 65535))
+        require_fraction("max_weight", self.max_weight)
+        default_k = 12 if self.max_weight is None else math.ceil(1 / self.max_weight)
+        k = default_k if self.k is None else self.k
+        object.__setattr__(self, "k", require_int("k", k, 1, 65535))
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, MAX_SEED))
         if self.head not in HEAD_FORMATS:
             raise ValueError(f"head must be one of {', '.join(HEAD_FORMATS)}, got {self.head!r}")
@@ -73,7 +84,8 @@ class VarOptCodec(SampledCodec):
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as JSON values; make_codec(**config) makes the codec again."""
-        return {"name": "varopt", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "seed": self.seed}
+        config = {"name": "varopt", "vocab_size": self.vocab_size, "k": self.k, "head": self.head, "seed": self.seed}
+        return config if self.max_weight is None else {**config, "max_weight": self.max_weight}
 
     @property
     def n_uniforms(self) -> int:
@@ -146,7 +158,7 @@ class VarOptCodec(SampledCodec):
         return targets
 
     def _sample(self, p_NV: NDArray[np.float64], uniforms_NU: NDArray[np.float64]) -> SampledRows:
-        return varopt_sample(p_NV, self.k, uniforms_NU[:, 0])
+        return varopt_sample(p_NV, self.k, uniforms_NU[:, 0], max_weight=self.max_weight)
 
     def _targets_of(self, given: GivenSamples, tokens: NDArray[np.int32], keep: NDArray[np.bool_]) -> TeacherTargets:
         entry_NK = given.ids >= 0

@@ -1,4 +1,4 @@
-"""KL, total variation and their standard error, against numbers worked out by hand and in plain float64."""
+"""KL, total variation, squared error and their standard error, against numbers worked out by hand and in float64."""
 
 import math
 
@@ -18,6 +18,7 @@ def test_divergences_of_two_coins():
     found = row_divergences(_log(0.5, 0.5), _log(0.25, 0.75), temperature=1.0)
     assert found.kl[0] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-7)
     assert found.tv[0] == pytest.approx(0.25, abs=1e-7)
+    assert found.squared[0] == pytest.approx(2 * 0.25**2, abs=1e-7)
 
 
 def test_the_teacher_is_tempered_and_q_is_taken_as_it_is():
@@ -34,6 +35,7 @@ def test_tokens_of_probability_zero():
     missing = row_divergences(_log(0.5, 0.5), _log(1.0, 0.0), temperature=1.0)
     assert missing.kl[0] == math.inf
     assert missing.tv[0] == pytest.approx(0.5, abs=1e-7)
+    assert missing.squared[0] == pytest.approx(2 * 0.5**2, abs=1e-7)
 
 
 def test_absent_rows_are_nan_and_rows_beyond_q_are_not_read():
@@ -44,6 +46,7 @@ def test_absent_rows_are_nan_and_rows_beyond_q_are_not_read():
     assert found.kl[0] == pytest.approx(0, abs=1e-7)
     assert np.isnan(found.kl[1])
     assert np.isnan(found.tv[1])
+    assert np.isnan(found.squared[1])
 
 
 def test_every_kind_of_logits_in_many_chunks_equals_plain_float64():
@@ -57,10 +60,12 @@ def test_every_kind_of_logits_in_many_chunks_equals_plain_float64():
     logp = x - np.log(np.exp(x).sum(1, keepdims=True))
     kl = (np.exp(logp) * (logp - q)).sum(1)
     tv = np.abs(np.exp(logp) - np.exp(q.astype(np.float64))).sum(1) / 2
+    squared = np.square(np.exp(logp) - np.exp(q.astype(np.float64))).sum(1)
     for form in (logits, torch.from_numpy(logits), logitstore.FactoredLogits(hidden, lm_head)):
         found = row_divergences(form, q, temperature=2.0, chunk_bytes=2 * 4 * 30)  # two rows at a time
         np.testing.assert_allclose(found.kl, kl, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(found.tv, tv, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(found.squared, squared, rtol=1e-6, atol=1e-9)
 
 
 def test_shapes_and_temperatures_that_do_not_fit_are_refused():

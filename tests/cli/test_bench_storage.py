@@ -24,7 +24,8 @@ V = 300
 LENGTHS = (9, 14, 6, 11, 8, 13)
 KEYS = {
     "codec", "config", "bytes_per_token", "container_bytes_per_token", "table_bytes", "kl_t1", "kl_t2", "kl_t1_se",
-    "kl_t2_se", "tv_t1", "tv_t2", "encode_tokens_per_s", "decode_tokens_per_s", "tail_rows_per_s",
+    "kl_t2_se", "tv_t1", "tv_t2", "gradient_error_t1", "gradient_error_t1_se", "encode_tokens_per_s",
+    "decode_tokens_per_s", "tail_rows_per_s",
 }  # fmt: skip
 
 
@@ -78,7 +79,17 @@ def _truth_against(samples, log_q_of, temperature):
     return mean, se, sum(tv_sums) / rows.sum()
 
 
+def _check_gradient_error(row, samples, log_q_of):
+    errors = []
+    for index, (_, logits) in enumerate(samples):
+        difference = np.exp(_log_softmax(logits[:-1])) - np.exp(np.asarray(log_q_of(index, 1.0), np.float64))
+        errors.append(np.square(difference).sum(axis=1))
+    assert row["gradient_error_t1"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-5, abs=1e-12)
+    assert row["gradient_error_t1_se"] > 0
+
+
 def _check_fidelity(row, samples, log_q_of):
+    _check_gradient_error(row, samples, log_q_of)
     for temperature in (1, 2):
         kl, se, tv = _truth_against(samples, log_q_of, float(temperature))
         assert row[f"kl_t{temperature}"] == pytest.approx(kl, rel=1e-6, abs=1e-9)
@@ -90,14 +101,48 @@ def test_rows_have_exactly_the_documented_keys_and_the_documented_codecs(measure
     _, results, _ = measured
     assert all(set(row) == KEYS for row in results)
     found = [(row["config"]["head"], row["config"]["k"]) for row in results if row["codec"] == "topk"]
-    assert found == [(head, k) for k in (8, 16, 32, 64, 128) for head in ("int8", "fp8", "fp16")]
-    assert [row["codec"] for row in results[15:]].count("raw fp16 + zstd") == 1
-    assert [row["codec"] for row in results[15:]].count("parquet lists") == 6
+    flat = [(head, k) for k in (8, 16, 32, 64, 128) for head in ("int8", "fp8", "fp16")]
+    assert found == [*flat, ("log", 16), ("log", 64)]
+    assert [configuration_text(row["config"]) for row in results[15:20]] == [
+        "log 0.5 k=16 fitted", "log 0.5 k=64 fitted", "fp16 k=12", "fp16 weight 0.035", "50 draws",
+    ]  # fmt: skip
+    assert [row["codec"] for row in results[17:20]] == ["varopt", "varopt", "rskd"]
+    assert [row["codec"] for row in results[20:]].count("raw fp16 + zstd") == 1
+    assert [row["codec"] for row in results[20:]].count("parquet lists") == 6
     for row in results:
         assert row["encode_tokens_per_s"] > 0
         assert row["decode_tokens_per_s"] > 0
-        assert row["table_bytes"] == 0
+        assert (row["table_bytes"] > 0) == ("tables" in row["config"])
         assert row["tail_rows_per_s"] is None
+
+
+@pytest.mark.parametrize("number", [17, 18, 19])
+def test_samples_have_no_kl_and_the_squared_error_of_what_they_encode(measured, number):
+    samples, results, _ = measured
+    row = results[number]
+    assert [row[name] for name in ("kl_t1", "kl_t1_se", "kl_t2", "kl_t2_se", "tv_t2")] == [None] * 5
+    codec = logitstore.make_codec(row["codec"], **row["config"])
+    decoded = [codec.targets_from_logits(logits, ids) for ids, logits in samples]
+    _check_gradient_error(row, samples, lambda index, temperature: decoded[index].dense_logprobs(temperature))
+    assert row["tv_t1"] > 0
+
+
+def test_fitted_codecs_are_fitted_on_the_first_half_and_their_tables_are_counted(measured):
+    samples, results, _ = measured
+    row = results[15]
+    tensors = _tensors()
+    bounds = np.concatenate([[0], np.cumsum(LENGTHS)])
+    fitting = [(tensors["logits"][a:b], tensors["input_ids"][a:b]) for a, b in pairwise(bounds[:4])]
+    options = {name: value for name, value in row["config"].items() if name != "tables"}
+    codec = logitstore.calibrate(logitstore.make_codec("topk", **options), *map(list, zip(*fitting, strict=True)))
+    assert codec.tables_sha256 == row["config"]["tables"]
+    assert row["table_bytes"] == len(codec.tables.file_bytes)
+    n_rows = sum(len(ids) - 1 for ids, _ in samples)
+    decoded = [codec.targets_from_logits(logits, ids) for ids, logits in samples]
+    blob_bytes = sum(len(codec.encode(d, ids)) for d, (ids, _) in zip(decoded, samples, strict=True))
+    assert row["bytes_per_token"] == blob_bytes / n_rows
+    assert row["container_bytes_per_token"] > (row["table_bytes"] + blob_bytes) / n_rows
+    _check_fidelity(row, samples, lambda index, temperature: decoded[index].dense_logprobs(temperature))
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 10, 13])
@@ -175,7 +220,7 @@ def test_report_and_terminal_hold_every_row(measured, capsys):
     assert rows[0][:2] == ["topk", "int8 k=8"]
     assert configuration_text(results[-1]["config"]) == "k=128 int32 zstd"
     page = (out / "report.html").read_text()
-    assert page.count("<svg ") == 3
+    assert page.count("<svg ") == 4
     assert all(header in page for header in headers if ">" not in header)
     for row in results:
         assert f'<td class="num">{row["bytes_per_token"]:.4g}</td>' in page or row["bytes_per_token"] >= 1000
@@ -190,7 +235,7 @@ def test_with_a_calibration_file_all_samples_are_measured(tmp_path, capsys):
     assert (facts["samples_measured"], facts["rows_measured"], facts["samples_fitted_on"]) == (2, 10, 3)
     assert facts["fitted_on"] == paths[1]
     heads = [row["config"]["k"] for row in json.loads((out / "results.json").read_text()) if row["codec"] == "topk"]
-    assert heads == [16, 16, 16, 64, 64, 64]
+    assert heads == [16, 16, 16, 64, 64, 64, 16, 64]
     assert "report: " in capsys.readouterr().out
 
 
@@ -205,7 +250,7 @@ def test_hidden_states_measure_as_their_product_does(tmp_path):
     found = []
     for name in ("logits", "factors"):
         file = LogitsFile(tmp_path / f"{name}.safetensors")
-        candidates = list(storage.topk_candidates(V, storage.QUICK_PRESETS[:1], storage.split_samples(file, file)))
+        candidates = list(storage.codec_candidates(V, storage.QUICK_PRESETS[:1], storage.split_samples(file, file)))
         folder = tmp_path / f"of {name}"
         folder.mkdir()
         found.append(storage.measure(file, [0, 1], candidates, folder)[0])
@@ -219,7 +264,7 @@ def test_presets_wider_than_the_vocabulary_are_left_out(tmp_path):
     results = json.loads(
         (_run(tmp_path, "--logits", str(tmp_path / "logits.safetensors")) / "results.json").read_text()
     )
-    assert [row["config"].get("k") for row in results] == [8, 8, 8, 16, 16, 16, None, 16, 16]
+    assert [row["config"].get("k") for row in results] == [8, 8, 8, 16, 16, 16, 16, 12, 29, None, None, 16, 16]
 
 
 def test_quick_stops_at_the_sample_that_reaches_the_limit(tmp_path):

@@ -19,6 +19,7 @@ CONFIGURATIONS = [
     *({"name": "topk", "k": 12, "head": head} for head in HEADS),
     {"name": "topk", "k": 24, "head": "log", "head_step": 0.5, "min_prob": 0.02},
     *({"name": "varopt", "head": head, "seed": 5} for head in HEAD_FORMATS),
+    {"name": "varopt", "max_weight": 0.07},
     {"name": "rskd"},
     {"name": "rskd", "draws": 255, "seed": 7},
 ]

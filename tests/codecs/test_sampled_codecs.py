@@ -44,6 +44,7 @@ def logits_and_codec(draw: st.DrawFn):
     seed = draw(st.sampled_from([0, 1, 2**63 - 1]))
     if draw(st.booleans()):
         options = {"name": "varopt", "k": draw(st.integers(1, vocab_size + 3)), "head": draw(st.sampled_from(HEADS))}
+        options["max_weight"] = draw(st.sampled_from([None, 0.5, 0.03]))
     else:
         options = {"name": "rskd", "draws": draw(st.sampled_from([1, 2, 50, 127, 128, 255]))}
     codec = logitstore.make_codec(vocab_size=vocab_size, seed=seed, **options)
@@ -93,7 +94,7 @@ def test_stored_weights_are_the_sampler_s_within_the_head_s_error(case) -> None:
         rows = multinomial_sample(p_RV, uniforms)
         np.testing.assert_array_equal(targets.logps, rows.logweights[rows.ids >= 0])
     else:
-        rows = varopt_sample(p_RV, codec.k, uniforms[:, 0])
+        rows = varopt_sample(p_RV, codec.k, uniforms[:, 0], max_weight=codec.max_weight)
         np.testing.assert_array_equal(targets.samples.n_exact, rows.n_exact)
         exact_NK = np.arange(rows.ids.shape[1]) < rows.n_exact[:, None]
         offsets = np.concatenate([[0], np.cumsum(rows.n_exact)])
@@ -181,6 +182,20 @@ def test_samples_drawn_elsewhere_make_the_same_targets(options: dict) -> None:
     require_same(codec.targets_from_samples(*kept, input_ids=input_ids, keep_mask=keep_mask), direct, "kept rows")
 
 
+def test_entries_of_varopt_are_limited_by_k_or_by_what_a_weight_can_need() -> None:
+    codec = logitstore.make_codec("varopt", vocab_size=100)
+    assert (codec.k, codec.max_weight) == (12, None)
+    assert codec.config == {"name": "varopt", "vocab_size": 100, "k": 12, "head": "fp16", "seed": 0}
+    codec = logitstore.make_codec("varopt", vocab_size=100, max_weight=0.03)
+    assert codec.k == 34
+    assert codec.config == {"name": "varopt", "vocab_size": 100, "k": 34, "head": "fp16", "seed": 0, "max_weight": 0.03}
+    flat = codec.targets_from_logits(np.zeros((3, 100)), [1, 2, 3])
+    assert flat.counts.tolist() == [34, 34]
+    assert logitstore.make_codec("varopt", vocab_size=100, max_weight=0.03, k=20).targets_from_logits(
+        np.zeros((3, 100)), [1, 2, 3]
+    ).counts.tolist() == [20, 20]
+
+
 def test_seeds_draw_anew() -> None:
     rng = np.random.default_rng(7)
     logits, input_ids = peaked_logits(rng, 20, 300, 1.0), rng.integers(0, 300, 20)
@@ -209,6 +224,12 @@ def test_one_varopt_format_encodes_the_samples_of_another() -> None:
     [
         ({"name": "varopt", "head": "sqrtp"}, "head must be one of fp8, int8, fp16, got 'sqrtp'"),
         ({"name": "varopt", "k": 0}, "k must be an integer from 1 to 65,535, got 0"),
+        ({"name": "varopt", "max_weight": 0}, "max_weight must be a number above 0 and below 1, or None, got 0"),
+        ({"name": "varopt", "max_weight": 1.0}, "max_weight must be a number above 0 and below 1"),
+        ({"name": "varopt", "max_weight": "0.1"}, "max_weight must be a number above 0 and below 1"),
+        ({"name": "varopt", "max_weight": float("nan")}, "max_weight must be a number above 0 and below 1"),
+        ({"name": "varopt", "max_weight": 1e-5}, "k must be an integer from 1 to 65,535, got 100000"),
+        ({"name": "rskd", "max_weight": 0.1}, "no option 'max_weight'"),
         ({"name": "varopt", "seed": -1}, "seed must be an integer from 0"),
         ({"name": "varopt", "tail": "sampled"}, "no option 'tail'"),
         ({"name": "varopt", "vocab_size": 0}, "vocab_size must be an integer from 1"),

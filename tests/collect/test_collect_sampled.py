@@ -32,6 +32,7 @@ def collect(teacher: Path, dataset: Path, out: Path, *options: str) -> int:
     [
         ["--codec", "varopt", "--set", "k=9", "--set", "seed=3"],
         ["--codec", "varopt", "--set", "head=int8"],
+        ["--codec", "varopt", "--set", "max_weight=0.05"],
         ["--codec", "rskd", "--set", "draws=20"],
     ],
     ids=lambda options: "-".join(options[1::2]),

@@ -17,19 +17,22 @@ from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsSample
 from logitstore_trainer.bench.timing import median_call
 
+TEMPERATURES = (1.0, 2.0)
 Reconstruction = Callable[[float], NDArray[np.float32]]  # temperature -> ln q_T [R, V]
 
 
 class Candidate(Protocol):
     """One way to store distributions, driven by `bench storage`: open, add every sample, close.
 
-    codec and config name it in results.json. add() encodes and decodes the sample, on one core, and returns what can
-    be read back; the reduction from logits to what encode takes is not timed, it is the same for everyone.
+    codec and config name it in results.json; temperatures are those at which its rows say something. add() encodes and
+    decodes the sample, on one core, and returns what can be read back; the reduction from logits to what encode takes
+    is not timed, it is the same for everyone.
     """
 
     codec: str
     config: dict[str, Any]
     table_bytes: int
+    temperatures: tuple[float, ...]
 
     def open(self, folder: Path) -> None: ...
 
@@ -46,10 +49,15 @@ class StoreCandidate:
     codec: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     table_bytes: int = 0
+    temperatures: tuple[float, ...] = TEMPERATURES
 
     def __post_init__(self) -> None:
         self.config = dict(self.made.config)
         self.codec = str(self.config.pop("name"))
+        if self.made.tables is not None:
+            self.table_bytes = len(self.made.tables.file_bytes)
+        if self.made.tail == "sampled":
+            self.temperatures = (1.0,)
 
     def open(self, folder: Path) -> None:
         self._path = folder / "store.parquet"

@@ -1,4 +1,4 @@
-"""How far what a store stands for is from the teacher: KL and total variation, row by row, and their error bars.
+"""How far what a store stands for is from the teacher: KL, total variation, squared error, and their error bars.
 
 Everything is computed in float64 from the teacher's logits, in row chunks, so that [L, V] float64 never exists.
 
@@ -21,10 +21,15 @@ Float64 = NDArray[np.float64]
 
 class RowDivergences(NamedTuple):
     """kl [R] = KL(p_T || q_T) in nats, without the factor T^2 (inf where q lacks a token that p has);
-    tv [R] = half of the sum of |p_T - q_T|, in 0..1. float64; NaN for rows of q that are NaN."""
+    tv [R] = half of the sum of |p_T - q_T|, in 0..1; squared [R] = sum of (p_T - q_T)^2, in 0..2. float64; NaN for rows
+    of q that are NaN.
+
+    The gradient of a KL to a student s with respect to its logits at T = 1 is s - p, so `squared` is the squared error
+    of that gradient where q stands in for p."""
 
     kl: Float64
     tv: Float64
+    squared: Float64
 
 
 class Estimate(NamedTuple):
@@ -50,7 +55,7 @@ def row_divergences(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if logits.shape[0] < n_rows or logits.shape[1] != vocab_size:
         raise ValueError(f"logits {tuple(logits.shape)} do not cover the {n_rows} x {vocab_size} reconstruction")
-    kl_R, tv_R = np.empty(n_rows), np.empty(n_rows)
+    kl_R, tv_R, squared_R = (np.empty(n_rows) for _ in range(3))
     start = 0
     chunks = iter_logit_chunks(logits, np.arange(n_rows), vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     for logits_nV in chunks:
@@ -62,9 +67,11 @@ def row_divergences(
         terms_nV = torch.where(p_nV > 0, p_nV * (logp_nV - logq_nV), torch.zeros((), dtype=torch.float64))
         terms_nV = torch.where(torch.isnan(logq_nV), logq_nV, terms_nV)
         kl_R[start:stop] = terms_nV.sum(dim=1).numpy()
-        tv_R[start:stop] = (p_nV - logq_nV.exp()).abs().sum(dim=1).numpy() / 2
+        difference_nV = p_nV - logq_nV.exp()
+        tv_R[start:stop] = difference_nV.abs().sum(dim=1).numpy() / 2
+        squared_R[start:stop] = difference_nV.square().sum(dim=1).numpy()
         start = stop
-    return RowDivergences(kl_R, tv_R)
+    return RowDivergences(kl_R, tv_R, squared_R)
 
 
 def estimate(sums_S: Sequence[float], rows_S: Sequence[int]) -> Estimate:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from logitstore.logits_source import iter_logit_chunks
 from logitstore.topk import topk_with_tail
-from logitstore_trainer.bench.candidates import Candidate, Reconstruction
+from logitstore_trainer.bench.candidates import TEMPERATURES, Candidate, Reconstruction
 from logitstore_trainer.bench.list_file import ListFile, Totals
 from logitstore_trainer.bench.logits_file import LogitsSample
 from logitstore_trainer.bench.timing import median_call
@@ -34,6 +34,7 @@ class RawFp16Zstd:
 
     codec = "raw fp16 + zstd"
     table_bytes = 0
+    temperatures = TEMPERATURES
 
     def __init__(self, vocab_size: int) -> None:
         self.config = {"vocab_size": vocab_size, "dtype": "float16", "zstd_level": ZSTD_LEVEL}
@@ -67,6 +68,7 @@ class ParquetLists:
 
     codec = "parquet lists"
     table_bytes = 0
+    temperatures = TEMPERATURES
 
     def __init__(self, vocab_size: int, *, k: int, id_dtype: str, compression: str) -> None:
         self.config = {"vocab_size": vocab_size, "k": k, "ids": id_dtype, "logprobs": "float32"}
@@ -90,6 +92,7 @@ class DistillKit:
     """One of DistillKit's configurations, through its own compressor; in a Parquet file of its own schema."""
 
     table_bytes = 0
+    temperatures = TEMPERATURES
 
     def __init__(self, name: str, vocab_size: int, options: Mapping[str, Any]) -> None:
         from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor

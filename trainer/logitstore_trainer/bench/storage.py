@@ -20,7 +20,7 @@ import logitstore
 from logitstore.errors import SpecMismatchError
 from logitstore_trainer.bench.candidates import Candidate, StoreCandidate
 from logitstore_trainer.bench.environment import environment, output_folder, write_json
-from logitstore_trainer.bench.fidelity import estimate, row_divergences
+from logitstore_trainer.bench.fidelity import Estimate, estimate, row_divergences
 from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsFile
 from logitstore_trainer.bench.rivals import rivals
@@ -29,10 +29,29 @@ from logitstore_trainer.bench.synthetic_logits import SEED, write_synthetic_logi
 from logitstore_trainer.progress import Progress
 from logitstore_trainer.report import format_table
 
-TEMPERATURES = (1.0, 2.0)
-TOPK_PRESETS = tuple({"head": head, "k": k} for k in (8, 16, 32, 64, 128) for head in ("int8", "fp8", "fp16"))
-QUICK_PRESETS = tuple(preset for preset in TOPK_PRESETS if preset["k"] in (16, 64))
+
+@dataclass(frozen=True)
+class Preset:
+    """A codec to measure: the options of make_codec without the vocabulary, and whether it is fitted first."""
+
+    options: dict[str, Any]
+    fitted: bool = False
+
+
+_FLAT = tuple(
+    Preset({"name": "topk", "head": head, "k": k}) for k in (8, 16, 32, 64, 128) for head in ("int8", "fp8", "fp16")
+)
+_FITTED = tuple(Preset({"name": "topk", "head": "log", "head_step": 0.5, "k": k}, fitted=True) for k in (16, 64))
+_SAMPLED = (
+    Preset({"name": "varopt", "k": 12}),
+    Preset({"name": "varopt", "max_weight": 0.035}),  # about the bytes of 50 draws
+    Preset({"name": "rskd", "draws": 50}),
+)
+PRESETS = (*_FLAT, *_FITTED, *_SAMPLED)
+QUICK_PRESETS = (*(preset for preset in _FLAT if preset.options["k"] in (16, 64)), *_FITTED, *_SAMPLED)
 QUICK_ROWS = 1024
+
+Sums = dict[tuple[str, float], list[float]]  # (quantity, temperature) -> one sum over the rows of each sample
 
 EXAMPLES = """examples:
   logitstore bench storage --out bench-storage                     made-up logits: shows that it runs
@@ -75,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
             source = str(args.logits)
         split = split_samples(measured, None if args.calibration is None else LogitsFile(args.calibration))
         indices = _within_row_limit(measured, split.measured, QUICK_ROWS if args.quick else None)
-        presets = QUICK_PRESETS if args.quick else TOPK_PRESETS
-        candidates: list[Candidate] = list(topk_candidates(measured.vocab_size, presets, split))
+        presets = QUICK_PRESETS if args.quick else PRESETS
+        candidates: list[Candidate] = list(codec_candidates(measured.vocab_size, presets, split))
         found, notes = rivals(measured.vocab_size, quick=args.quick)
         results = measure(measured, indices, [*candidates, *found], folder)
     facts = environment(
@@ -133,14 +152,14 @@ def split_samples(measured: LogitsFile, calibration: LogitsFile | None) -> Split
     return Split(measured, range(n_samples // 2), range(n_samples // 2, n_samples), "the first half of the samples")
 
 
-def topk_candidates(vocab_size: int, presets: Sequence[dict[str, Any]], split: Split) -> Iterator[StoreCandidate]:
-    """The presets whose k fits the vocabulary, fitted on the fitting samples."""
+def codec_candidates(vocab_size: int, presets: Sequence[Preset], split: Split) -> Iterator[StoreCandidate]:
+    """The presets whose k fits the vocabulary, those that want it fitted on the fitting samples."""
     logits = _LogitsOf(split.fitting_file, split.fitting)
     input_ids = [split.fitting_file[index].input_ids for index in split.fitting]
     for preset in presets:
-        if preset["k"] <= vocab_size:
-            codec = logitstore.make_codec("topk", vocab_size=vocab_size, tail="residual", **preset)
-            yield StoreCandidate(logitstore.calibrate(codec, logits, input_ids))
+        if preset.options.get("k", 0) <= vocab_size:
+            codec = logitstore.make_codec(vocab_size=vocab_size, **preset.options)
+            yield StoreCandidate(logitstore.calibrate(codec, logits, input_ids) if preset.fitted else codec)
 
 
 def measure(
@@ -148,7 +167,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row of results.json for each candidate, over the samples `indices`; containers are written below `folder`."""
     rows_S = [int(measured.sample_lengths[index]) - 1 for index in indices]
-    sums = [{(what, T): [] for what in ("kl", "tv") for T in TEMPERATURES} for _ in candidates]
+    sums: list[Sums] = [{} for _ in candidates]
     for number, candidate in enumerate(candidates):
         place = folder / str(number)
         place.mkdir()
@@ -159,10 +178,10 @@ def measure(
             sample = measured[index]
             for candidate, sums_of in zip(candidates, sums, strict=True):
                 reconstruct = candidate.add(index, sample)
-                for temperature in TEMPERATURES:
+                for temperature in candidate.temperatures:
                     divergences = row_divergences(sample.logits, reconstruct(temperature), temperature=temperature)
-                    sums_of["kl", temperature].append(float(divergences.kl.sum()))
-                    sums_of["tv", temperature].append(float(divergences.tv.sum()))
+                    for what, rows in divergences._asdict().items():
+                        sums_of.setdefault((what, temperature), []).append(float(rows.sum()))
                 display.update(len(sample.input_ids) - 1)
     return [
         _result_row(candidate, candidate.close(), sums_of, rows_S)
@@ -170,10 +189,12 @@ def measure(
     ]
 
 
-def _result_row(
-    candidate: Candidate, totals: Totals, sums: dict[tuple[str, float], list[float]], rows_S: list[int]
-) -> dict[str, Any]:
-    kl_t1, kl_t2 = estimate(sums["kl", 1.0], rows_S), estimate(sums["kl", 2.0], rows_S)
+def _result_row(candidate: Candidate, totals: Totals, sums: Sums, rows_S: list[int]) -> dict[str, Any]:
+    def mean(what: str, temperature: float) -> Estimate:
+        sums_S = sums.get((what, temperature))
+        return Estimate(None, None) if sums_S is None else estimate(sums_S, rows_S)
+
+    kl_t1, kl_t2, squared_t1 = mean("kl", 1.0), mean("kl", 2.0), mean("squared", 1.0)
     n_rows = totals.n_rows
     return {
         "codec": candidate.codec,
@@ -185,8 +206,10 @@ def _result_row(
         "kl_t2": kl_t2.mean,
         "kl_t1_se": kl_t1.se,
         "kl_t2_se": kl_t2.se,
-        "tv_t1": estimate(sums["tv", 1.0], rows_S).mean,
-        "tv_t2": estimate(sums["tv", 2.0], rows_S).mean,
+        "tv_t1": mean("tv", 1.0).mean,
+        "tv_t2": mean("tv", 2.0).mean,
+        "gradient_error_t1": squared_t1.mean,
+        "gradient_error_t1_se": squared_t1.se,
         "encode_tokens_per_s": n_rows / totals.encode_s,
         "decode_tokens_per_s": n_rows / totals.decode_s,
         "tail_rows_per_s": None,  # speed of the tail model; no codec here has one

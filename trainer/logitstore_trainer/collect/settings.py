@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `logitstore collect --help` answers at o
 
 import argparse
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stored.add_argument("--codec", default="topk", help="topk (default); varopt or rskd: samples, for T = 1")
     stored.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
-        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, min_prob=0.01; draws=50 (rskd), seed=0 "
-        "(varopt, rskd); may be repeated",
+        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, min_prob=0.01; max_weight=0.03 (varopt), "
+        "draws=50 (rskd), seed=0 (varopt, rskd); may be repeated",
     )  # fmt: skip
     stored.add_argument(
         "--tables", type=Path, metavar="DIR", help="a fitted codec: a folder that codec.save wrote, or another store"
@@ -114,11 +115,21 @@ def settings_from_arguments(args: argparse.Namespace) -> CollectSettings:
 
 
 def parsed_options(options: list[str]) -> dict[str, Any]:
-    """{"k": 32, "head": "fp8"} of ["k=32", "head=fp8"]. Raises ValueError for one without `=`."""
+    """{"k": 32, "min_prob": 0.01, "head": "fp8"} of ["k=32", "min_prob=0.01", "head=fp8"].
+
+    Raises ValueError for one without `=`.
+    """
     parsed: dict[str, Any] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name:
             raise ValueError(f"--set takes OPTION=VALUE, got {option!r}; for example --set k=32")
-        parsed[name] = int(value) if value.lstrip("-").isdigit() else value
+        parsed[name] = _number_or_text(value)
     return parsed
+
+
+def _number_or_text(value: str) -> int | float | str:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(value)
+    return value
