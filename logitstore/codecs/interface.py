@@ -14,9 +14,9 @@ from logitstore.targets import TeacherTargets
 
 
 class Codec(Protocol):
-    """codec_id: the number in its blobs' headers. tail: what it says of the tokens that it does not keep, "residual"
-    or "sampled", from which trainers choose their loss. config: its options as JSON values, with its `name`;
-    make_codec(**config) makes it again. max_row_bytes: bytes of its largest row before compression.
+    """codec_id: the number in its blobs' headers. tail: what it says of the tokens that it does not keep, "residual",
+    "predicted" or "sampled", from which trainers choose their loss. config: its options as JSON values, with its
+    `name`; make_codec(**config) makes it again. max_row_bytes: bytes of its largest row before compression.
 
     tables_sha256: hash of the tables that it was fitted with, which config names as `tables`; None where nothing is
     fitted. tables: these where they are at hand; without them it can neither encode nor decode.

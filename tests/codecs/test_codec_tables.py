@@ -163,3 +163,27 @@ def test_a_store_names_the_tables_that_it_lacks_and_refuses_damaged_ones(tmp_pat
         with pytest.raises(logitstore.CorruptionError, match=f"codec tables {tables} have SHA-256"):
             logitstore.open(path)
         assert not logitstore.verify(path).ok
+
+
+def test_each_array_of_a_predicted_tail_is_checked() -> None:
+    rng = np.random.default_rng(0)
+    logits = [(4 * rng.standard_normal((30, VOCAB_SIZE))).astype(np.float32) for _ in range(8)]
+    input_ids = [rng.integers(0, VOCAB_SIZE, 30) for _ in logits]
+    codec = logitstore.make_codec("topk", vocab_size=VOCAB_SIZE, k=8, head="log", tail="predicted", tail_step=0.5)
+    arrays = load(logitstore.calibrate(codec, logits, input_ids).tables.file_bytes)
+    names = [name for name in arrays if name.startswith(("tail.", "corrections.", "symbols.corrections"))]
+    assert len(names) > 15
+    for name in names:
+        array = arrays[name]
+        changes = [array.astype(np.int64), array[:-1], array[None]]
+        if array.dtype.kind == "f":
+            changes.append(np.where(np.arange(array.size).reshape(array.shape) == 0, np.nan, array).astype(array.dtype))
+        for changed in changes:
+            refused(save({**arrays, name: np.ascontiguousarray(changed)}, metadata=METADATA), "")
+        rest = {other: array for other, array in arrays.items() if other != name}
+        if name == "corrections.step":  # without it nothing of a tail is corrected, which the codec then refuses
+            tables = tables_from_bytes(save(rest, metadata=METADATA), vocab_size=VOCAB_SIZE)
+            with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are of another kind"):
+                codec.with_tables(tables)
+        else:
+            refused(save(rest, metadata=METADATA), "")

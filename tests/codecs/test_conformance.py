@@ -44,6 +44,16 @@ def test_fitted_codec_conforms(config: dict[str, Any]) -> None:
         conformance.check_codec(variant)
 
 
+@pytest.mark.parametrize("options", [{}, {"tail_step": 0.5}, {"tail_step": 2.0, "min_prob": 0.02}], ids=str)
+def test_codec_with_a_predicted_tail_conforms(options: dict[str, Any]) -> None:
+    """Fitted at one vocabulary: a tail model takes its time."""
+    rng = np.random.default_rng(0)
+    logits = [(4 * rng.standard_normal((30, 300))).astype(np.float32) for _ in range(8)]
+    input_ids = [rng.integers(0, 300, 30) for _ in logits]
+    codec = logitstore.make_codec("topk", vocab_size=300, k=12, head="log", tail="predicted", **options)
+    conformance.check_codec(logitstore.calibrate(codec, logits, input_ids))
+
+
 def test_every_codec_of_the_registry_is_checked_and_has_an_id_of_its_own() -> None:
     assert {config["name"] for config in CONFIGURATIONS} == set(CODECS)
     codecs = [logitstore.make_codec(name, vocab_size=300) for name in CODECS]
