@@ -214,7 +214,7 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
         ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bf16, fp32"),
         ({"data": "x.parquet"}, "must be a list"),
         ({"save_every": -1}, "must not be negative"),
-        ({"tail": "long"}, "--tail 'long' is not one of"),
+        ({"tail": "ghost"}, "--tail 'ghost' is not one of"),
     ],
 )
 def test_settings_that_make_no_run_are_refused(config, settings, message):
@@ -292,8 +292,9 @@ def test_a_tail_that_there_is_not_is_refused_before_the_folder_is_claimed(store_
 
     out = tmp_path / "student"
     arguments = ["train", "--student", "llama:layers=1,width=32,heads=1", "--data", str(store_path), "--out", str(out)]
-    assert main([*arguments, "--tail", "long"]) == 2
-    assert "--tail 'long' is not one of bucket, uniform" in capsys.readouterr().err
+    assert main([*arguments, "--tail", "ghost"]) == 2
+    assert "--tail 'ghost' is not one of bucket, uniform" in capsys.readouterr().err
+    assert not out.exists()
     assert main([*arguments, "--tail", "dense"]) == 2
     assert "tail='dense' is not for a store of codec 'topk'; use tail='bucket'" in capsys.readouterr().err
     assert not out.exists()

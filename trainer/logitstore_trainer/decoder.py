@@ -96,7 +96,7 @@ def fitting_tail(decoder: TeacherDecoder, tail: str | None, temperature: float) 
     of_store = default_tail(decoder)
     tail = tail or of_store
     name = decoder.spec.codec.config["name"]
-    if (tail == "sampled") != (of_store == "sampled") or (tail == "dense") > (of_store == "dense"):
+    if (tail == "sampled") != (of_store == "sampled") or (tail == "dense" and of_store != "dense"):
         raise ValueError(f"tail={tail!r} is not for a store of codec {name!r}; use tail={of_store!r}, or leave it out")
     if tail == "sampled" and temperature != 1:
         raise ValueError(
