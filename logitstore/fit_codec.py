@@ -71,7 +71,8 @@ def targets_of_rows(codec: "TopKCodec", rows: TailRows) -> Iterator[TeacherTarge
         if codec.tail == "predicted" and codec.tail_step is not None and codec.tables is not None:
             coefs = codec.tables.predictor.teacher_coefs(*_hidden(rows, index))
         moments = mass.astype(np.float32), half.astype(np.float32)
-        yield codec.targets_from_topk(rows.ids[index].numpy(), logps, *moments, tokens, keep, teacher_coefs=coefs)
+        ids = np.where(np.isneginf(logps), -1, rows.ids[index].numpy())
+        yield codec.targets_from_topk(ids, logps, *moments, tokens, keep, teacher_coefs=coefs)
 
 
 def _fitted(

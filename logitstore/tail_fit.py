@@ -118,7 +118,7 @@ def _embedding(rows: TailRows, mean_hidden: "Tensor", metric: "Tensor", width: i
     covariance = torch.cov(rows.hidden[:RIDGE_ROWS].float().T).reshape(len(metric), -1)
     _, vectors = torch.linalg.eigh((root @ covariance @ root).double())
     directions = inverse_root @ vectors.flip(1)[:, :width].float()
-    embedding = (rows.lm_head @ directions).half().float()
+    embedding = _as_half(rows.lm_head @ directions).float()
     return embedding, rows.lm_head @ mean_hidden + rows.bias
 
 
@@ -387,10 +387,10 @@ def _in_residual_basis(
     _, vectors = torch.linalg.eigh((residual.T @ residual).double() / len(residual))
     rank = min(settings.rank or 1024, rows.lm_head.shape[1], 1024)
     directions = vectors.flip(1)[:, :rank].float()
-    basis = rows.lm_head @ (inverse_root @ directions)
-    to_coefs = root @ directions
+    basis = _as_half(rows.lm_head @ (inverse_root @ directions))
+    to_coefs = (root @ directions) * (basis != 0).any(0)
     arrays = {
-        "basis": basis.half(),
+        "basis": basis,
         "bias": rows.bias,
         "embedding": embedding.half(),
         "column_weights": fisher.column_weights,
@@ -401,6 +401,11 @@ def _in_residual_basis(
     arrays |= {name: tensors[name] for name in names}
     arrays["embedding_bias"] = bias
     return TailModel({name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()})
+
+
+def _as_half(columns: "Tensor") -> "Tensor":
+    """Columns in float16; 0 where a column is beyond its range, a direction in which no tail would feel an error."""
+    return (columns * (columns.abs().amax(0) < 6e4)).half()
 
 
 def _some(n: int, most: int, generator: Any) -> "Tensor":

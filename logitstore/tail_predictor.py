@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from logitstore.logits_source import FactoredLogits, iter_logit_chunks
 from logitstore.row_input import as_numpy
 from logitstore.tail_model import MEASURED_ENTRIES, TailInputs, TailModel, model_tensors, predicted_coefs
+from logitstore.tail_rows import REACH
 from logitstore.temperature import shifted_head
 
 if TYPE_CHECKING:
@@ -60,14 +61,17 @@ class TailPredictor:
         bias = self.model.arrays["bias"]
         if isinstance(logits, FactoredLogits) and logits.softcap is None:
             hidden = as_numpy(logits.hidden[rows]).astype(np.float32)
-            head_bias = 0 if logits.bias is None else as_numpy(logits.bias)[: len(bias)].astype(np.float32)
+            head_bias = np.zeros_like(bias)
+            if logits.bias is not None:
+                head_bias = as_numpy(logits.bias)[: len(bias)].astype(np.float32)
+                head_bias = np.maximum(head_bias, head_bias.max() - REACH)
             return hidden @ self._of_head(logits.lm_head) * np.float32(logits.scale) + (
                 (head_bias * np.float32(logits.scale) - bias) @ self._projection
             )
         parts = [np.zeros((0, self.model.rank), np.float32)]
         for chunk in iter_logit_chunks(logits, rows, vocab_size=self.model.vocab_size):
             peak = chunk.max(axis=1, keepdims=True)
-            parts.append((np.maximum(chunk - peak, -100) - bias) @ self._projection)
+            parts.append((np.maximum(chunk - peak, -REACH) - bias) @ self._projection)
         return np.concatenate(parts)
 
     def _of_head(self, lm_head: Any) -> NDArray[np.float32]:

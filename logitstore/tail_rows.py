@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ENTRIES = 64
 FACTORED_ROWS, FACTORED_WIDTH = 2048, 640
+REACH = 100.0
 
 Sample = tuple[Any, Any, Any]
 
@@ -97,21 +98,21 @@ def tail_rows(samples: Iterable[Sample], vocab_size: int, *, on_rows: Callable[[
 
 @dataclass(frozen=True, eq=False)
 class _Head:
+    """possible [V] bool, for a head that was made of full logits: True for tokens that some row gives a probability."""
+
     lm_head: "Tensor"
     bias: "Tensor"
-    from_logits: bool
+    possible: "Tensor | None" = None
 
     def hidden_of(self, logits: Any, rows: np.ndarray) -> "Tensor":
         """The hidden states of these rows, float16 [n, D]."""
         import torch
 
-        if not self.from_logits:
+        if self.possible is None:
             return torch.from_numpy(np.asarray(as_numpy(logits.hidden[rows]), np.float16))
         parts = []
         for chunk in iter_logit_chunks(logits, rows, vocab_size=len(self.bias)):
-            z = torch.from_numpy(chunk)
-            centred = z - self.bias
-            parts.append(((centred - centred.mean(1, keepdim=True)) @ self.lm_head).half())
+            parts.append((_centred(torch.from_numpy(chunk), self.bias, self.possible) @ self.lm_head).half())
         return torch.cat(parts)
 
 
@@ -124,10 +125,11 @@ def _head_of(samples: Iterable[Sample], vocab_size: int) -> _Head:
         bias = torch.zeros(vocab_size)
         if logits.bias is not None:
             bias = torch.from_numpy(as_numpy(logits.bias).astype(np.float32)[:vocab_size]) * logits.scale
+            bias = _finite(bias[None])[0]
         for other, _, _ in samples:
             if not isinstance(other, FactoredLogits) or tuple(other.lm_head.shape) != tuple(logits.lm_head.shape):
                 raise ValueError("samples of several heads cannot be fitted together")
-        return _Head(lm_head, bias, from_logits=False)
+        return _Head(lm_head, bias)
     return _principal_directions(samples, vocab_size)
 
 
@@ -146,13 +148,26 @@ def _principal_directions(samples: Iterable[Sample], vocab_size: int) -> _Head:
             break
     if not n_rows:
         raise ValueError("nothing to fit on: no sample has a present row")
-    z = torch.cat(rows).clamp(min=-1e4)
-    bias = z.mean(0)
-    centred = z - bias
-    centred = centred - centred.mean(1, keepdim=True)
+    z = torch.cat(rows)
+    possible = ~torch.isneginf(z).all(0)
+    finite = _finite(z)
+    bias = finite.mean(0)
+    bias = torch.where(possible, bias, bias[possible].max() - REACH)
+    centred = _centred(z, bias, possible)
     values, vectors = torch.linalg.eigh((centred @ centred.T).double())
     usable = values > values[-1] * 1e-9
     keep_width = min(FACTORED_WIDTH, max(int(usable.sum()), 1), vocab_size)
     directions = vectors[:, -keep_width:].float()
     scale = values[-keep_width:].clamp(min=1e-12).sqrt().float()
-    return _Head((centred.T @ directions) / scale, bias, from_logits=True)
+    return _Head((centred.T @ directions) / scale, bias, possible)
+
+
+def _centred(logits: "Tensor", bias: "Tensor", possible: "Tensor") -> "Tensor":
+    """Logits [N, V] less bias and each row's mean over the possible tokens; 0 for the others."""
+    centred = (_finite(logits) - bias) * possible
+    return (centred - centred.sum(1, keepdim=True) / possible.sum()) * possible
+
+
+def _finite(logits: "Tensor") -> "Tensor":
+    """Logits [N, V] held at most REACH below their row's greatest: a probability of 0 has no direction to point in."""
+    return logits.maximum(logits.amax(dim=1, keepdim=True) - REACH)

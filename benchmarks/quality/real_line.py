@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to collect (default: 100,000)")
     parser.add_argument("--held-out-tokens", type=int, default=10_000, help="of held-out text (default: 10,000)")
     parser.add_argument("--steps", type=int, default=200, help="of each student (default: 200)")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of the distilled student's loss (default: 2)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the distilled student's loss (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of both students (default: 0)")
     parser.add_argument("--append", type=Path, metavar="ROWS.jsonl", help="add the result to this file")
     return one_line_errors(lambda: run(parser.parse_args()))

@@ -45,6 +45,8 @@ from logitstore.tail_moments import COARSE, FINE, MomentGrid, decode_moments, en
 from logitstore.targets import TeacherTargets
 from logitstore.topk import topk_with_tail
 
+LEAST_PREDICTED_VOCAB = 16
+
 
 @dataclass(frozen=True)
 class TopKCodec:
@@ -73,6 +75,11 @@ class TopKCodec:
         object.__setattr__(self, "k", require_int("k", self.k, 1, 65535))
         if self.tail not in ("residual", "predicted"):
             raise ValueError(f"tail must be 'residual' or 'predicted', got {self.tail!r}")
+        if self.tail == "predicted" and self.vocab_size < LEAST_PREDICTED_VOCAB:
+            raise ValueError(
+                f"tail 'predicted' needs a vocabulary of {LEAST_PREDICTED_VOCAB} tokens or more, "
+                f"got {self.vocab_size}; keep every token instead"
+            )
         if self.tail_step is not None:
             object.__setattr__(self, "tail_step", _checked_tail_step(self.tail_step, self.tail))
         _ = self.head_format, self._selection

@@ -171,3 +171,26 @@ def test_what_a_predicted_tail_needs_is_said(rows, tail) -> None:
         replace(codec, tail_step=None, tables_sha256=None, tables=None).with_tables(codec.tables)
     with pytest.raises(SpecMismatchError, match="its tables hold no tail model"):
         unfitted.with_tables(replace(codec.tables, tail=None, corrections=None))
+
+
+@pytest.mark.parametrize("as_full_logits", [False, True])
+def test_tokens_that_the_teacher_rules_out_stay_ruled_out(as_full_logits: bool) -> None:
+    never = np.arange(V) % 3 == 0
+    bias = np.where(never, -np.inf, 0).astype(np.float32)
+    logits, ids = [], []
+    for factored, tokens, _ in teacher_samples(0, 40, 30):
+        full = factored.hidden @ factored.lm_head.T + bias
+        logits.append(full if as_full_logits else replace(factored, bias=bias))
+        ids.append(tokens)
+    codec = logitstore.make_codec("topk", vocab_size=V, k=8, head="log", tail="predicted", tail_step=0.3)
+    codec = logitstore.calibrate(codec, logits, ids)
+    targets = codec.targets_from_logits(logits[0], ids[0])
+    decoded = codec.decode(codec.encode(targets, ids[0]), ids[0])
+    dense = np.exp(decoded.dense_logprobs().astype(np.float64))
+    assert dense[:, never].sum(axis=1).max() < 1e-3
+    np.testing.assert_allclose(dense.sum(axis=1), 1, atol=2e-6)
+
+
+def test_a_vocabulary_too_small_to_predict_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a vocabulary of 16 tokens or more, got 5"):
+        logitstore.make_codec("topk", vocab_size=5, tail="predicted")
