@@ -12,6 +12,7 @@ not matter: the head is shifted to 1 - tail mass wherever a row is used.
 Letters: R rows, E entries.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,8 +213,13 @@ def head_format(name: str, step: float | None = None) -> HeadFormat:
         return HEAD_FORMATS[name]
     if name not in STEPPED_FORMATS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}")
-    make, default, least, most = STEPPED_FORMATS[name]
+    _, default, least, most = STEPPED_FORMATS[name]
     step = default if step is None else step
     if not isinstance(step, int | float) or isinstance(step, bool) or not least <= step <= most:
         raise ValueError(f"head_step of {name!r} must be from {least:.4g} to {most:g}, got {step!r}")
-    return make(float(step))
+    return _stepped_format(name, float(step))
+
+
+@functools.lru_cache(maxsize=64)
+def _stepped_format(name: str, step: float) -> HeadFormat:
+    return STEPPED_FORMATS[name][0](step)
