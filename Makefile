@@ -34,7 +34,7 @@ bench: $(READY)
 	$(RUN) -m pytest benchmarks --benchmark-only
 
 real: $(READY)
-	$(RUN) benchmarks/quality/real_line.py --out logitstore-real
+	$(RUN) benchmarks/quality/real_line.py --out logitstore-real $(if $(DATA),--data '$(DATA)')
 
 lint: $(READY)
 	$(RUN) -m ruff check .

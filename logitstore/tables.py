@@ -42,6 +42,7 @@ def put_tokenizer_folder(source: Path, store_path: str | os.PathLike[str]) -> st
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         shutil.copytree(source, partial)
+        partial.chmod(target.parent.stat().st_mode & 0o777)  # a temporary folder's mode would shut others out
         partial.rename(target)
     return files_sha256
 

@@ -119,7 +119,10 @@ class _Head:
 def _head_of(samples: Iterable[Sample], vocab_size: int) -> _Head:
     import torch
 
-    logits = next(iter(samples))[0]
+    first = next(iter(samples), None)
+    if first is None:
+        raise ValueError("nothing to fit on: there are no samples")
+    logits = first[0]
     if isinstance(logits, FactoredLogits) and logits.softcap is None:
         lm_head = torch.from_numpy(as_numpy(logits.lm_head).astype(np.float32)[:vocab_size]) * logits.scale
         bias = torch.zeros(vocab_size)

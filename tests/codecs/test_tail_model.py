@@ -194,6 +194,8 @@ def test_nothing_to_fit_on_is_said() -> None:
     logits, ids, _ = teacher_samples(0, 1)[0]
     with pytest.raises(ValueError, match="no sample has a present row"):
         tail_rows([(logits, ids, np.zeros(len(ids) - 1, bool))], V)
+    with pytest.raises(ValueError, match="there are no samples"):
+        tail_rows([], V)
 
 
 def test_inputs_hold_only_the_entries_that_are_measured() -> None:

@@ -118,6 +118,8 @@ def test_tables_of_a_fitted_codec_are_used(
     logitstore.calibrate(other, np.zeros((5, 50), np.float32), np.arange(5)).save(tmp_path / "other")
     assert collect(teacher_folder, prompts, tmp_path / "x", "--tables", str(tmp_path / "other")) == 2
     assert "fitted for a vocabulary of 50, " in capsys.readouterr().err
+    assert collect(teacher_folder, prompts, tmp_path / "x", "--set", "tail=predicted") == 2
+    assert "is fitted first: logitstore plan --out DIR, then collect --tables DIR" in capsys.readouterr().err
 
 
 def test_batches_do_not_change_what_is_stored(teacher_folder: Path, prompts: Path, tmp_path: Path) -> None:

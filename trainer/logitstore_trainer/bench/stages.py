@@ -115,6 +115,10 @@ class Stages:
         from logitstore_kernels import distillation_loss
 
         from logitstore_trainer.collator import next_token_labels
+        from logitstore_trainer.decoder import default_tail
 
         labels_N = next_token_labels(tensors["labels"])
-        return distillation_loss(logits_NV, self.decoder(tensors), labels_N, temperature=TEMPERATURE, alpha=ALPHA)
+        tail = default_tail(self.decoder)
+        temperature = 1.0 if tail == "sampled" else TEMPERATURE
+        teacher = self.decoder(tensors)
+        return distillation_loss(logits_NV, teacher, labels_N, temperature=temperature, alpha=ALPHA, tail=tail)

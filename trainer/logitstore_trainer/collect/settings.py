@@ -64,6 +64,8 @@ class CollectSettings:
             raise ValueError(f"--generate-temperature must be 0 or above, got {self.generate_temperature}")
         if self.tables is not None and (self.codec_options or self.codec != "topk"):
             raise ValueError("--tables names a codec with all its options; leave out --codec and --set")
+        if self.codec_options.get("tail") == "predicted":
+            raise ValueError("a predicted tail is fitted first: logitstore plan --out DIR, then collect --tables DIR")
         for name in {"name", "vocab_size"} & set(self.codec_options):
             raise ValueError(
                 f"--set {name} is not an option: the codec is named by --codec, its vocabulary is the teacher's"
@@ -81,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stored.add_argument("--codec", default="topk", help="topk (default); varopt or rskd: samples, for T = 1")
     stored.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
-        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, min_prob=0.01; max_weight=0.03 (varopt), "
-        "draws=50 (rskd), seed=0 (varopt, rskd); may be repeated",
+        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, head_step=0.5, min_prob=0.01, top_p=0.98 "
+        "(topk), max_weight=0.03 (varopt), draws=50 (rskd), seed=0 (varopt, rskd); may be repeated",
     )  # fmt: skip
     stored.add_argument(
         "--tables", type=Path, metavar="DIR", help="a fitted codec: a folder that codec.save wrote, or another store"
