@@ -6,8 +6,7 @@ the list of the current token. The two lists of an entry share one code space: c
 list, 2 i + 1 of the second, and the smaller code counts. An id that is in neither has a code behind them, by how
 often it occurs anywhere, so that every id of the vocabulary has a code and decoding a code is one look-up.
 
-On SmolLM2-135M-Instruct with 200k rows fitted and k = 16, an id costs 8.1 bits so, 10.6 by frequency alone; with the
-list of the next token in place of the first entry's it costs 8.35 (entropies, mean of three kinds of text).
+The first entry is a better key for the others than the next token: what stands in one head belongs together.
 
 Letters: E entries, V vocabulary, P list members of all keys together.
 """

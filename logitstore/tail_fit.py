@@ -95,8 +95,7 @@ def tail_fisher(rows: TailRows, chosen: "Tensor", n_entries: int = 16) -> TailFi
 
     lm_head, n_entries = rows.lm_head, min(n_entries, rows.ids.shape[1])
     width = lm_head.shape[1]
-    second, column_weights = torch.zeros(width, width), torch.zeros(len(lm_head))
-    first = torch.zeros(width, width)
+    first, column_weights = torch.zeros(width, width), torch.zeros(len(lm_head))
     for index in chosen.split(256):
         logits = rows.hidden[index].float() @ lm_head.T + rows.bias
         ids = rows.ids[index, :n_entries].long()

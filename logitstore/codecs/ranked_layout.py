@@ -3,7 +3,7 @@
 A blob's numbers are coded in groups, each with contexts that what came before decides: log-odds of the tails, excesses
 of the half moments, counts of entries, head codes, id codes, and corrections of a predicted tail. Within a row, entries
 whose head codes are equal are in the order of their id codes, the first entry excepted: the order of equals says
-nothing, and coding only the difference to the code before saves a tenth to a fifth of the id bytes (log head, 1/2).
+nothing, so only the difference to the code before is coded.
 
 Unfitted and badly fitted tables cost bytes and never correctness: every number has a code in every table.
 
@@ -208,18 +208,15 @@ def zigzag_moments(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Small non-negative integers for both moments: twice the distance from the usual odds, 0 for no tail."""
     odds, excess = (codes.astype(np.int64) for codes in moment_codes)
-    distance = odds - _CENTRE
-    folded = np.where(distance >= 0, 2 * distance, -2 * distance - 1) + 1
     no_tail = odds == NO_TAIL
-    return np.where(no_tail, 0, folded), np.where(no_tail, 0, excess)
+    return np.where(no_tail, 0, zigzag(odds - _CENTRE) + 1), np.where(no_tail, 0, excess)
 
 
 def moment_codes_of(
     odds: NDArray[np.int64], excess: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """The codes of which zigzag_moments made these. Raises CorruptionError for integers beyond 16 bits."""
-    distance = np.where(odds & 1, (odds - 1) >> 1, -(odds >> 1))
-    codes = distance + _CENTRE
+    codes = undo_zigzag(odds - 1) + _CENTRE
     if np.any((codes < 0) | (codes >= NO_TAIL) | (excess >= NO_TAIL)):
         raise CorruptionError("a tail moment's code is outside its range")
     no_tail = odds == 0
@@ -228,8 +225,7 @@ def moment_codes_of(
 
 def odds_contexts(odds: NDArray[np.int64]) -> NDArray[np.int64]:
     """0 for no tail, else 1 to 8: the tail's log-odds in steps of 2 nats from below -8 on."""
-    distance = np.where(odds & 1, (odds - 1) >> 1, -(odds >> 1))
-    nats = distance / COARSE.odds_steps - 2
+    nats = undo_zigzag(odds - 1) / COARSE.odds_steps - 2
     return np.where(odds == 0, 0, 1 + np.clip(np.floor(nats / 2) + 4, 0, 7)).astype(np.int64)
 
 

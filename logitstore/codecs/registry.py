@@ -37,8 +37,8 @@ def make_codec(name: str, *, vocab_size: int, tables: str | None = None, **optio
     """The codec of that name and options, unfitted where it has something to fit.
 
     "topk": k (64), head "int8" | "fp8" | "fp16" | "log" | "sqrtp" ("int8"), head_step, min_prob, top_p (None), tail
-    "residual". tables: SHA-256 of the tables of a fitted codec, which can neither encode nor decode before it has them
-    (codec.with_tables; load_codec and logitstore.open see to it).
+    "residual" | "predicted" ("residual"), tail_step (None). tables: SHA-256 of the tables of a fitted codec, which can
+    neither encode nor decode before it has them (codec.with_tables; load_codec and logitstore.open see to it).
     "varopt": k (12), head "int8" | "fp8" | "fp16" ("fp16"), seed (0), max_weight (None).
     "rskd": draws (50), seed (0).
     Raises ValueError for a name or an option that this version does not have.

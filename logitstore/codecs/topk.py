@@ -5,8 +5,7 @@ With tail "residual" it gives up where in the tail the rest of the mass lies: re
 coded too. The mass itself is kept at T = 1 and T = 2. How many tokens a row keeps is fixed (k), or follows from the
 row: those with p >= min_prob, or the first ones that hold a mass of top_p, k at most.
 
-Fitted by `calibrate` (layout 2), the 16 most probable tokens of a row take about 19 bytes with head "log", step 1/2
-(SmolLM2-135M-Instruct, V = 49,152, three kinds of text).
+Fitted by `calibrate` (layout 2), ids are ranks in candidate lists and every number is entropy coded.
 Unfitted (layout 1), k = 64 and int8 take k * (2 + 1) bytes before zstd for a vocabulary up to 65,536, k * (3 + 1)
 above, plus 4 for the moments and 4 for an int8 row's scale and offset.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import logitstore
+from logitstore.tables import put_tokenizer_folder
 
 from .conftest import assert_same, make_samples, make_spec, write
 
@@ -151,8 +152,6 @@ def test_label_shift_is_found_and_the_right_alignment_passes(tmp_path: Path) -> 
 
 
 def test_tokenizer_folder_is_checked(tmp_path: Path) -> None:
-    from logitstore.tables import put_tokenizer_folder
-
     source = tmp_path / "tokenizer"
     source.mkdir()
     (source / "tokenizer.json").write_text("{}")
@@ -167,3 +166,12 @@ def test_tokenizer_folder_is_checked(tmp_path: Path) -> None:
         _ = store.tokenizer_folder
     write(tmp_path / "alone.parquet", make_samples(2), make_spec(tokenizer_files_sha256=digest))
     assert logitstore.open(tmp_path / "alone.parquet").tokenizer_folder is None
+
+
+def test_a_tokenizer_from_a_private_folder_is_as_readable_as_the_store(tmp_path) -> None:
+    source = tmp_path / "private"
+    source.mkdir(mode=0o700)
+    (source / "tokenizer.json").write_text("{}")
+    digest = put_tokenizer_folder(source, tmp_path / "x.parquet")
+    folder = tmp_path / "x.parquet.tables" / f"{digest}.tokenizer"
+    assert folder.stat().st_mode == folder.parent.stat().st_mode != source.stat().st_mode
