@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import logitstore
+from logitstore import TeacherTargets
 from logitstore.errors import CorruptionError
 from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsSample
-from logitstore_trainer.bench.timing import median_call
+from logitstore_trainer.bench.timing import median_call, one_torch_thread
 
 TEMPERATURES = (1.0, 2.0)
 Reconstruction = Callable[[float], NDArray[np.float32]]  # temperature -> ln q_T [R, V]
@@ -24,15 +25,18 @@ Reconstruction = Callable[[float], NDArray[np.float32]]  # temperature -> ln q_T
 class Candidate(Protocol):
     """One way to store distributions, driven by `bench storage`: open, add every sample, close.
 
-    codec and config name it in results.json; temperatures are those at which its rows say something. add() encodes and
-    decodes the sample, on one core, and returns what can be read back; the reduction from logits to what encode takes
-    is not timed, it is the same for everyone.
+    codec and config name it in results.json; temperatures are those at which its rows say something; budget: the bytes
+    a token that it was chosen for, None where it was not. add() encodes and decodes the sample, on one core, and
+    returns what can be read back; the reduction from logits to what encode takes is not timed, it is the same for
+    everyone. decoded: the last sample as targets of ours, None for others. open() starts anew.
     """
 
     codec: str
     config: dict[str, Any]
     table_bytes: int
     temperatures: tuple[float, ...]
+    budget: float | None
+    decoded: TeacherTargets | None
 
     def open(self, folder: Path) -> None: ...
 
@@ -50,6 +54,8 @@ class StoreCandidate:
     config: dict[str, Any] = field(default_factory=dict)
     table_bytes: int = 0
     temperatures: tuple[float, ...] = TEMPERATURES
+    budget: float | None = None
+    decoded: TeacherTargets | None = None
 
     def __post_init__(self) -> None:
         self.config = dict(self.made.config)
@@ -65,7 +71,7 @@ class StoreCandidate:
             self._path, logitstore.StoreSpec(codec=self.made, vocab_size=self.made.vocab_size)
         )
         self._writer.__enter__()
-        self._n_rows, self._blob_bytes, self._encode_s, self._decode_s = 0, 0, 0.0, 0.0
+        self._n_rows, self._blob_bytes, self._encode_s, self._decode_s, self._tail_s = 0, 0, 0.0, 0.0, 0.0
 
     def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
         targets = self.made.targets_from_logits(sample.logits, sample.input_ids)
@@ -81,6 +87,10 @@ class StoreCandidate:
         self._blob_bytes += len(blob)
         self._encode_s += encode_s
         self._decode_s += decode_s
+        if decoded.tail_model is not None:
+            with one_torch_thread():
+                self._tail_s += median_call(lambda: decoded.tail_model.predicted([decoded]))[1]
+        self.decoded = decoded
         return decoded.dense_logprobs
 
     def close(self) -> Totals:
@@ -88,7 +98,8 @@ class StoreCandidate:
         store = logitstore.open(self._path)
         if store.n_present_rows != self._n_rows:
             raise CorruptionError(f"{self._path} holds {store.n_present_rows} rows, {self._n_rows} were written")
-        return Totals(self._n_rows, self._blob_bytes, _bytes_on_disk(self._path), self._encode_s, self._decode_s)
+        seconds = self._encode_s, self._decode_s, self._tail_s
+        return Totals(self._n_rows, self._blob_bytes, _bytes_on_disk(self._path), *seconds)
 
 
 def _bytes_on_disk(store_path: Path) -> int:

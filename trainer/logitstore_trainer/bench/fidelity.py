@@ -1,18 +1,22 @@
 """How far what a store stands for is from the teacher: KL, total variation, squared error, and their error bars.
 
-Everything is computed in float64 from the teacher's logits, in row chunks, so that [L, V] float64 never exists.
+KL is computed in float64 from the teacher's logits. `row_divergences` goes in row chunks, so that [L, V] float64 never
+exists; `teacher_logprobs` holds it, 8 bytes a logit, for many comparisons with one teacher.
 
 Letters: L sequence length, R rows (L - 1 of a whole sample), S sequences, V vocabulary. T is the temperature.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.logits_source import iter_logit_chunks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_BYTES = 8 << 20
 
@@ -48,30 +52,78 @@ def row_divergences(
     dense_logprobs(T) returns it. chunk_bytes: size of a row chunk in float32.
     Raises ValueError for shapes that do not fit or a temperature that is not positive.
     """
+    n_rows, vocab_size = q_logprobs_RV.shape
+    parts, start = [], 0
+    for logp_nV in _logprob_chunks(logits, n_rows, vocab_size, temperature, chunk_bytes):
+        parts.append(divergences_from(logp_nV, q_logprobs_RV[start : start + len(logp_nV)], chunk_bytes=chunk_bytes))
+        start += len(logp_nV)
+    return _joined(parts)
+
+
+def teacher_logprobs(logits: Any, n_rows: int, vocab_size: int, temperature: float) -> "Tensor":
+    """ln p_T [R, V] float64 of the first R rows, for `divergences_from`: several reconstructions, one softmax.
+
+    Raises ValueError as row_divergences does.
+    """
     import torch
 
-    n_rows, vocab_size = q_logprobs_RV.shape
+    return torch.cat(list(_logprob_chunks(logits, n_rows, vocab_size, temperature, CHUNK_BYTES)))
+
+
+def divergences_from(
+    logp_RV: "Tensor", q_logprobs_RV: NDArray[np.float32], *, chunk_bytes: int = CHUNK_BYTES
+) -> RowDivergences:
+    """Divergences of q from p, both at one temperature: ln p [R, V] float64, ln q [R, V] float32.
+
+    KL is the difference of cross-entropy and entropy in float64; tv and squared are sums in float64 of differences of
+    probabilities in float32.
+    """
+    import torch
+
+    n_chunk = max(1, chunk_bytes // (4 * logp_RV.shape[1]))
+    parts = []
+    for logp_nV, q_nV in zip(
+        logp_RV.split(n_chunk), torch.from_numpy(np.ascontiguousarray(q_logprobs_RV)).split(n_chunk), strict=True
+    ):
+        p_nV = logp_nV.exp()
+        entropy_n = -torch.einsum("nv,nv->n", p_nV, logp_nV)
+        kl_n = -torch.einsum("nv,nv->n", p_nV, q_nV.double()) - entropy_n
+        odd = torch.nonzero(~torch.isfinite(kl_n))[:, 0]  # where something is -inf or NaN
+        if len(odd):
+            kl_n[odd] = _kl_with_infinities(p_nV[odd], logp_nV[odd], q_nV[odd])
+        difference_nV = q_nV.exp() - p_nV.float()
+        tv_n = difference_nV.abs().sum(dim=1, dtype=torch.float64) / 2
+        squared_n = difference_nV.square_().sum(dim=1, dtype=torch.float64)
+        parts.append(RowDivergences(kl_n.numpy(), tv_n.numpy(), squared_n.numpy()))
+    return _joined(parts)
+
+
+def _kl_with_infinities(p_nV: "Tensor", logp_nV: "Tensor", logq_nV: "Tensor") -> "Tensor":
+    """A token that the teacher rules out adds nothing, whatever q says of it: 0 * (-inf - x) would be NaN."""
+    import torch
+
+    logq_nV = logq_nV.double()
+    terms_nV = torch.where(p_nV > 0, p_nV * (logp_nV - logq_nV), 0.0)
+    return torch.where(torch.isnan(logq_nV), logq_nV, terms_nV).sum(dim=1)
+
+
+def _logprob_chunks(
+    logits: Any, n_rows: int, vocab_size: int, temperature: float, chunk_bytes: int
+) -> Iterator["Tensor"]:
+    """ln p_T of the first rows, float64 [n, V] a chunk."""
+    import torch
+
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if logits.shape[0] < n_rows or logits.shape[1] != vocab_size:
         raise ValueError(f"logits {tuple(logits.shape)} do not cover the {n_rows} x {vocab_size} reconstruction")
-    kl_R, tv_R, squared_R = (np.empty(n_rows) for _ in range(3))
-    start = 0
-    chunks = iter_logit_chunks(logits, np.arange(n_rows), vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    for logits_nV in chunks:
-        stop = start + len(logits_nV)
-        logp_nV = torch.log_softmax(torch.from_numpy(logits_nV).double() / temperature, dim=1)
-        logq_nV = torch.from_numpy(np.ascontiguousarray(q_logprobs_RV[start:stop])).double()
-        p_nV = logp_nV.exp()
-        # 0 * (-inf - x) is NaN; a token that the teacher rules out adds nothing, whatever q says of it
-        terms_nV = torch.where(p_nV > 0, p_nV * (logp_nV - logq_nV), torch.zeros((), dtype=torch.float64))
-        terms_nV = torch.where(torch.isnan(logq_nV), logq_nV, terms_nV)
-        kl_R[start:stop] = terms_nV.sum(dim=1).numpy()
-        difference_nV = p_nV - logq_nV.exp()
-        tv_R[start:stop] = difference_nV.abs().sum(dim=1).numpy() / 2
-        squared_R[start:stop] = difference_nV.square().sum(dim=1).numpy()
-        start = stop
-    return RowDivergences(kl_R, tv_R, squared_R)
+    for logits_nV in iter_logit_chunks(logits, np.arange(n_rows), vocab_size=vocab_size, chunk_bytes=chunk_bytes):
+        yield torch.log_softmax(torch.from_numpy(logits_nV).double() / temperature, dim=1)
+
+
+def _joined(parts: Sequence[RowDivergences]) -> RowDivergences:
+    none = RowDivergences(*(np.empty(0) for _ in range(3)))
+    return RowDivergences(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))
 
 
 def estimate(sums_S: Sequence[float], rows_S: Sequence[int]) -> Estimate:

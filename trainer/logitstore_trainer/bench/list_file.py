@@ -22,13 +22,16 @@ _SAMPLES_PER_ROW_GROUP = 128
 
 
 class Totals(NamedTuple):
-    """Sums over the measured samples. container_bytes: files as a user would keep them, the text's ids included."""
+    """Sums over the measured samples. container_bytes: files as a user would keep them, the text's ids included.
+    tail_s: seconds of the tail model, 0 where there is none. bytes_of: blob_bytes by what they are for, where known."""
 
     n_rows: int
     blob_bytes: int
     container_bytes: int
     encode_s: float
     decode_s: float
+    tail_s: float = 0.0
+    bytes_of: dict[str, float] = {}  # noqa: RUF012
 
 
 class ListFile:

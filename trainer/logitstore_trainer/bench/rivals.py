@@ -9,24 +9,22 @@ Letters: L sequence length, R = L - 1 rows, N rows of several sequences, K entri
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
-from numpy.typing import NDArray
 
+from logitstore.blob import ZSTD_LEVEL
 from logitstore.logits_source import iter_logit_chunks
-from logitstore.topk import topk_with_tail
 from logitstore_trainer.bench.candidates import TEMPERATURES, Candidate, Reconstruction
+from logitstore_trainer.bench.full_vocabulary_rivals import LlamaCppLayout
 from logitstore_trainer.bench.list_file import ListFile, Totals
 from logitstore_trainer.bench.logits_file import LogitsSample
-from logitstore_trainer.bench.timing import median_call
-
-ZSTD_LEVEL = 3
-_LEAST_MISSING_P = 1e-8
+from logitstore_trainer.bench.nucleus_rival import NucleusAndSamples
+from logitstore_trainer.bench.readings import log_softmax_rows, missing_mass_uniform, top_entries
+from logitstore_trainer.bench.timing import median_call, one_torch_thread
 
 
 class RawFp16Zstd:
@@ -35,6 +33,8 @@ class RawFp16Zstd:
     codec = "raw fp16 + zstd"
     table_bytes = 0
     temperatures = TEMPERATURES
+    budget = None
+    decoded = None
 
     def __init__(self, vocab_size: int) -> None:
         self.config = {"vocab_size": vocab_size, "dtype": "float16", "zstd_level": ZSTD_LEVEL}
@@ -55,7 +55,7 @@ class RawFp16Zstd:
         self._file.write(sample.input_ids.astype("<i4").tobytes())
         self._sums += (len(rows), len(blob), encode_s, decode_s)
         decoded_RV = decoded.reshape(logits_RV.shape)
-        return lambda temperature: _log_softmax(decoded_RV, temperature)
+        return lambda temperature: log_softmax_rows(decoded_RV, temperature)
 
     def close(self) -> Totals:
         self._file.close()
@@ -69,6 +69,8 @@ class ParquetLists:
     codec = "parquet lists"
     table_bytes = 0
     temperatures = TEMPERATURES
+    budget = None
+    decoded = None
 
     def __init__(self, vocab_size: int, *, k: int, id_dtype: str, compression: str) -> None:
         self.config = {"vocab_size": vocab_size, "k": k, "ids": id_dtype, "logprobs": "float32"}
@@ -79,7 +81,7 @@ class ParquetLists:
         self._file = ListFile(folder / "lists.parquet", self._compression)
 
     def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
-        ids_RK, logps_RK = _topk(sample, self._k, self._vocab_size)
+        ids_RK, logps_RK = top_entries(sample, self._k, self._vocab_size)
         ids_RK = ids_RK.astype(self._id_dtype)
         self._file.append(sample.input_ids, {"ids": ids_RK, "logprobs": logps_RK})
         return lambda temperature: missing_mass_uniform(ids_RK, logps_RK, self._vocab_size, temperature)
@@ -93,6 +95,8 @@ class DistillKit:
 
     table_bytes = 0
     temperatures = TEMPERATURES
+    budget = None
+    decoded = None
 
     def __init__(self, name: str, vocab_size: int, options: Mapping[str, Any]) -> None:
         from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
@@ -109,9 +113,9 @@ class DistillKit:
     def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
         import torch
 
-        ids_RK, logps_RK = _topk(sample, self._k, self._vocab_size)
+        ids_RK, logps_RK = top_entries(sample, self._k, self._vocab_size)
         ids_1RK, logps_1RK = torch.from_numpy(ids_RK).long()[None], torch.from_numpy(logps_RK)[None]
-        with _one_torch_thread():
+        with one_torch_thread():
             row, encode_s = median_call(lambda: self._compressor.compress_from_sparse(ids_1RK, logps_1RK))
             decoded, decode_s = median_call(lambda: self._compressor.decompress_to_sparse(row))
         planes = {name: plane[0].numpy() for name, plane in row.items()}
@@ -144,7 +148,7 @@ DISTILLKIT_OPTIONS: dict[str, dict[str, Any]] = {
 
 def rivals(vocab_size: int, *, quick: bool) -> tuple[list[Candidate], list[str]]:
     """(candidates, notes on what could not be measured and why)."""
-    found: list[Candidate] = [RawFp16Zstd(vocab_size)]
+    found: list[Candidate] = [RawFp16Zstd(vocab_size), LlamaCppLayout(vocab_size), NucleusAndSamples(vocab_size)]
     for k in (64,) if quick else (16, 64, 128):
         for id_dtype, compression in (("int64", "snappy"), ("int32", "zstd")):
             if k <= vocab_size:
@@ -159,45 +163,3 @@ def rivals(vocab_size: int, *, quick: bool) -> tuple[list[Candidate], list[str]]
         usable = {name: options for name, options in DISTILLKIT_OPTIONS.items() if options["k"] <= vocab_size}
         found += [DistillKit(name, vocab_size, options) for name, options in usable.items()]
     return found, notes
-
-
-def missing_mass_uniform(
-    ids_RK: NDArray[Any], logps_RK: NDArray[np.float32], vocab_size: int, temperature: float
-) -> NDArray[np.float32]:
-    """ln q_T [R, V]: entries as stored, 1 - their mass spread evenly over the others (1e-8 each at least), tempered."""
-    k = ids_RK.shape[1]
-    logps_RK = logps_RK.astype(np.float32)
-    missing_R1 = 1.0 - np.exp(logps_RK.astype(np.float64)).sum(axis=1, keepdims=True)
-    fill_R1 = np.log(np.maximum(missing_R1 / max(vocab_size - k, 1), _LEAST_MISSING_P)).astype(np.float32)
-    dense_RV = np.repeat(fill_R1, vocab_size, axis=1)
-    np.put_along_axis(dense_RV, ids_RK.astype(np.int64), logps_RK, axis=1)
-    return _log_softmax(dense_RV, temperature)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _topk(sample: LogitsSample, k: int, vocab_size: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    rows = np.arange(len(sample.input_ids) - 1)
-    parts = [topk_with_tail(part, k) for part in iter_logit_chunks(sample.logits, rows, vocab_size=vocab_size)]
-    return np.concatenate([part.ids for part in parts]), np.concatenate([part.logps for part in parts])
-
-
-def _log_softmax(x_RV: NDArray[Any], temperature: float) -> NDArray[np.float32]:
-    """float32 [R, V], computed in float64 in row chunks of 16 MiB."""
-    out_RV = np.empty(x_RV.shape, np.float32)
-    n_chunk = max(1, (16 << 20) // (8 * x_RV.shape[1]))
-    for start in range(0, len(x_RV), n_chunk):
-        part = x_RV[start : start + n_chunk].astype(np.float64) / temperature
-        part -= part.max(axis=1, keepdims=True)
-        out_RV[start : start + n_chunk] = part - np.log(np.exp(part).sum(axis=1, keepdims=True))
-    return out_RV

@@ -1,10 +1,8 @@
 """`logitstore bench storage`: bytes a token, fidelity and speed of every codec, next to what people store today.
 
-One pass over the samples: each candidate encodes and decodes each sample, and what it decodes is compared with the
-teacher's full distribution. A candidate whose blobs do not decode to what was encoded gives no number: the run stops.
-One sample's logits [L, V] are in memory at a time; L * V * 16 bytes is about what the run takes.
-
-Letters: L sequence length, R = L - 1 rows, V vocabulary. T is the temperature.
+What is measured: presets, the codec that `plan` picks for each of a few budgets of bytes, and rivals; on one or more
+kinds of text, whose rows count together, and on kinds that no fit has seen, which are reported apart. A candidate whose
+blobs do not decode to what was encoded gives no number: the run stops.
 """
 
 import argparse
@@ -14,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import logitstore
 from logitstore.errors import SpecMismatchError
+from logitstore.fit_codec import fitted_on_rows
+from logitstore_trainer.bench.budgets import LEAST_ROWS, FittedSample, fitted_sample, planned_codecs
 from logitstore_trainer.bench.candidates import Candidate, StoreCandidate
 from logitstore_trainer.bench.environment import environment, output_folder, write_json
-from logitstore_trainer.bench.fidelity import Estimate, estimate, row_divergences
-from logitstore_trainer.bench.list_file import Totals
+from logitstore_trainer.bench.full_vocabulary_rivals import HeadDirections, head_directions
 from logitstore_trainer.bench.logits_file import LogitsFile
+from logitstore_trainer.bench.measure import Kind, measure, within_row_limit
 from logitstore_trainer.bench.rivals import rivals
 from logitstore_trainer.bench.storage_report import result_table, write_storage_report
 from logitstore_trainer.bench.synthetic_logits import SEED, write_synthetic_logits
-from logitstore_trainer.progress import Progress
 from logitstore_trainer.report import format_table
 
 
@@ -39,7 +36,8 @@ class Preset:
 
 
 _FLAT = tuple(
-    Preset({"name": "topk", "head": head, "k": k}) for k in (8, 16, 32, 64, 128) for head in ("int8", "fp8", "fp16")
+    Preset({"name": "topk", "head": head, "k": k})
+    for head, k in (*(("int8", k) for k in (8, 16, 32, 64, 128)), ("fp8", 16), ("fp8", 64), ("fp16", 16), ("fp16", 64))
 )
 _FITTED = tuple(Preset({"name": "topk", "head": "log", "head_step": 0.5, "k": k}, fitted=True) for k in (16, 64))
 _SAMPLED = (
@@ -49,14 +47,14 @@ _SAMPLED = (
 )
 PRESETS = (*_FLAT, *_FITTED, *_SAMPLED)
 QUICK_PRESETS = (*(preset for preset in _FLAT if preset.options["k"] in (16, 64)), *_FITTED, *_SAMPLED)
-QUICK_ROWS = 1024
-
-Sums = dict[tuple[str, float], list[float]]  # (quantity, temperature) -> one sum over the rows of each sample
+QUICK_ROWS = 1024  # of each kind of text
+BUDGETS = (16.0, 24.0, 40.0, 64.0, 104.0)
 
 EXAMPLES = """examples:
   logitstore bench storage --out bench-storage                     made-up logits: shows that it runs
   logitstore bench storage --logits teacher.safetensors --out bench-storage
-  logitstore bench storage --logits eval.safetensors --calibration train.safetensors --out bench-storage
+  logitstore bench storage --logits maths.safetensors chat.safetensors --unseen code.safetensors \\
+      --calibration train.safetensors --out bench-storage
 
 FILE.safetensors holds input_ids [N] and sample_lengths [S] (integers) and either logits [N, V] or hidden [N, D] with
 lm_head [V, D], float16, bfloat16 or float32. Row i of the logits is the teacher's distribution after token i.
@@ -68,44 +66,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `logitstore bench storage`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
-    parser.add_argument("--logits", metavar="FILE", help="full teacher logits (.safetensors); default: made up")
+    parser.add_argument(
+        "--logits",
+        metavar="FILE",
+        nargs="+",
+        help="full teacher logits (.safetensors), one file a kind of text, measured together; default: made up",
+    )
+    parser.add_argument(
+        "--unseen", metavar="FILE", nargs="+", default=[], help="the same of text of other kinds, reported apart"
+    )
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="logits to fit codecs on; all of --logits is then measured (default: its first half of samples fits, "
-        "the second half is measured)",
+        help="logits to fit codecs on; all of --logits is then measured (default: the first half of the samples of "
+        "the one file fits, the second half is measured)",
+    )
+    parser.add_argument(
+        "--budgets",
+        metavar="BYTES",
+        nargs="*",
+        type=float,
+        default=list(BUDGETS),
+        help=f"measure what `plan` picks for these bytes a token, where at least {LEAST_ROWS:,} rows can be fitted on; "
+        f"none to leave them out (default: {' '.join(f'{budget:g}' for budget in BUDGETS)})",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for results.json and report.html")
-    parser.add_argument("--quick", action="store_true", help=f"fewer codecs, and {QUICK_ROWS} rows at most")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"fewer codecs, fits on fewer rows, and {QUICK_ROWS} rows a kind at most"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes results.json, environment.json and report.html into args.out, prints the table; returns 0."""
+    _check(args)
     out = output_folder(args.out)
     with tempfile.TemporaryDirectory(dir=out, prefix=".measuring-") as scratch:
         folder = Path(scratch)
-        if args.logits is None:
-            if args.calibration is not None:
-                raise ValueError("--calibration needs --logits: made-up logits are split into halves")
-            measured = LogitsFile(write_synthetic_logits(folder / "synthetic.safetensors"))
+        names = args.logits
+        if names is None:
+            names = [str(write_synthetic_logits(folder / "synthetic.safetensors"))]
             source = f"SYNTHETIC logits (seed {SEED}), not those of any model; pass --logits for your own teacher's"
         else:
-            measured = LogitsFile(args.logits)
-            source = str(args.logits)
-        split = split_samples(measured, None if args.calibration is None else LogitsFile(args.calibration))
-        indices = _within_row_limit(measured, split.measured, QUICK_ROWS if args.quick else None)
-        presets = QUICK_PRESETS if args.quick else PRESETS
-        candidates: list[Candidate] = list(codec_candidates(measured.vocab_size, presets, split))
-        found, notes = rivals(measured.vocab_size, quick=args.quick)
-        results = measure(measured, indices, [*candidates, *found], folder)
+            source = ", ".join(Path(name).name for name in (*names, *args.unseen))
+        files = [LogitsFile(name) for name in names]
+        split = split_samples(files[0], None if args.calibration is None else LogitsFile(args.calibration))
+        kinds = _kinds(files, [LogitsFile(name) for name in args.unseen], split, QUICK_ROWS if args.quick else None)
+        notes: list[str] = []
+        sample = _sample(args, split, notes)
+        candidates = _candidates(args, split, sample, notes)
+        results = measure(kinds, candidates, folder)
     facts = environment(
         logits=source,
-        logits_dtype=measured.source_dtype,
-        vocab_size=measured.vocab_size,
-        samples_measured=len(indices),
-        rows_measured=int((measured.sample_lengths[indices] - 1).sum()),
+        logits_dtype=files[0].source_dtype,
+        vocab_size=files[0].vocab_size,
+        samples_measured=sum(len(kind.samples) for kind in kinds),
+        rows_measured=sum(sum(kind.rows) for kind in kinds if not kind.unseen),
         samples_fitted_on=len(split.fitting),
         fitted_on=split.fitting_name,
+        rows_fitted=None if sample is None else sample.rows.n_rows,
         threads_per_candidate=1,
         notes=notes,
     )
@@ -119,6 +137,67 @@ def run(args: argparse.Namespace) -> int:
         print(note)
     print(f"report: {report}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.logits is None and (args.calibration is not None or args.unseen):
+        option = "--calibration" if args.calibration is not None else "--unseen"
+        raise ValueError(f"{option} needs --logits: made-up logits are split into halves")
+    if args.logits is not None and len(args.logits) + len(args.unseen) > 1 and args.calibration is None:
+        raise ValueError(
+            "several files of logits need --calibration, the file to fit on; one alone is split into halves"
+        )
+    names = [Path(name).stem for name in (*(args.logits or []), *args.unseen)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"files of logits need different names, they name the kinds of text; got {', '.join(names)}")
+    for budget in args.budgets:
+        if not 0 < budget < float("inf"):
+            raise ValueError(f"--budgets are bytes a token, above 0; got {budget:g}")
+
+
+def _kinds(
+    files: Sequence[LogitsFile], unseen: Sequence[LogitsFile], split: "Split", row_limit: int | None
+) -> list[Kind]:
+    kinds = []
+    for file in (*files, *unseen):
+        if file.vocab_size != files[0].vocab_size:
+            raise _of_another_teacher(file, files[0])
+        samples = split.measured if file is files[0] else range(len(file))
+        kinds.append(Kind(file.path.stem, file, within_row_limit(file, samples, row_limit), file in unseen))
+    return kinds
+
+
+def _sample(args: argparse.Namespace, split: "Split", notes: list[str]) -> FittedSample | None:
+    """What budgets are planned on; None, and a note, where there is nothing to plan on."""
+    if not args.budgets:
+        return None
+    rows = int((split.fitting_file.sample_lengths[list(split.fitting)] - 1).sum())
+    if args.logits is None or rows < LEAST_ROWS:
+        why = "made-up logits have no tail to learn" if args.logits is None else f"there are {rows:,} rows to fit on"
+        notes.append(f"No codec was planned for a budget: {why}; it takes {LEAST_ROWS:,} rows of a teacher.")
+        return None
+    return fitted_sample(split.fitting_file, split.fitting, quick=args.quick)
+
+
+def _candidates(
+    args: argparse.Namespace, split: "Split", sample: FittedSample | None, notes: list[str]
+) -> list[Candidate]:
+    vocab_size = split.fitting_file.vocab_size
+    presets = QUICK_PRESETS if args.quick else PRESETS
+    made: list[Candidate] = list(codec_candidates(vocab_size, presets, split, sample))
+    found, said = rivals(vocab_size, quick=args.quick)
+    notes += said
+    directions = head_directions(split.fitting_file) if args.budgets else None
+    if args.budgets and directions is None:
+        notes.append("The SVD of the head was not measured: the file to fit on holds logits, not hidden states.")
+    if sample is not None:
+        for planned in planned_codecs(sample, args.budgets):
+            made.append(StoreCandidate(planned.codec, budget=planned.budget))
+    if directions is not None:
+        width = directions.to_coefs.shape[1]
+        ranks = {budget: int(budget) - HeadDirections.side_bytes for budget in args.budgets}
+        found += [HeadDirections(vocab_size, directions, r, b) for b, r in ranks.items() if 0 < r <= width]
+    return [*made, *found]
 
 
 @dataclass(frozen=True)
@@ -139,10 +218,7 @@ def split_samples(measured: LogitsFile, calibration: LogitsFile | None) -> Split
     n_samples = len(measured)
     if calibration is not None:
         if calibration.vocab_size != measured.vocab_size:
-            raise SpecMismatchError(
-                f"{calibration.path} has a vocabulary of {calibration.vocab_size}, {measured.path} of "
-                f"{measured.vocab_size}; both must come from one teacher"
-            )
+            raise _of_another_teacher(calibration, measured)
         return Split(calibration, range(len(calibration)), range(n_samples), str(calibration.path))
     if n_samples < 2:
         raise ValueError(
@@ -152,68 +228,26 @@ def split_samples(measured: LogitsFile, calibration: LogitsFile | None) -> Split
     return Split(measured, range(n_samples // 2), range(n_samples // 2, n_samples), "the first half of the samples")
 
 
-def codec_candidates(vocab_size: int, presets: Sequence[Preset], split: Split) -> Iterator[StoreCandidate]:
-    """The presets whose k fits the vocabulary, those that want it fitted on the fitting samples."""
+def _of_another_teacher(file: LogitsFile, first: LogitsFile) -> SpecMismatchError:
+    return SpecMismatchError(
+        f"{file.path} has a vocabulary of {file.vocab_size}, {first.path} of {first.vocab_size}; "
+        "both must come from one teacher"
+    )
+
+
+def codec_candidates(
+    vocab_size: int, presets: Sequence[Preset], split: Split, sample: FittedSample | None = None
+) -> Iterator[StoreCandidate]:
+    """The presets whose k fits the vocabulary, those that want it fitted: on the sample, else the fitting samples."""
     logits = _LogitsOf(split.fitting_file, split.fitting)
     input_ids = [split.fitting_file[index].input_ids for index in split.fitting]
     for preset in presets:
-        if preset.options.get("k", 0) <= vocab_size:
-            codec = logitstore.make_codec(vocab_size=vocab_size, **preset.options)
-            yield StoreCandidate(logitstore.calibrate(codec, logits, input_ids) if preset.fitted else codec)
-
-
-def measure(
-    measured: LogitsFile, indices: Sequence[int], candidates: Sequence[Candidate], folder: Path
-) -> list[dict[str, Any]]:
-    """One row of results.json for each candidate, over the samples `indices`; containers are written below `folder`."""
-    rows_S = [int(measured.sample_lengths[index]) - 1 for index in indices]
-    sums: list[Sums] = [{} for _ in candidates]
-    for number, candidate in enumerate(candidates):
-        place = folder / str(number)
-        place.mkdir()
-        candidate.open(place)
-    total = sum(rows_S) * len(candidates)
-    with Progress(total=total, desc="encode, decode, compare", unit="rows") as display:
-        for index in indices:
-            sample = measured[index]
-            for candidate, sums_of in zip(candidates, sums, strict=True):
-                reconstruct = candidate.add(index, sample)
-                for temperature in candidate.temperatures:
-                    divergences = row_divergences(sample.logits, reconstruct(temperature), temperature=temperature)
-                    for what, rows in divergences._asdict().items():
-                        sums_of.setdefault((what, temperature), []).append(float(rows.sum()))
-                display.update(len(sample.input_ids) - 1)
-    return [
-        _result_row(candidate, candidate.close(), sums_of, rows_S)
-        for candidate, sums_of in zip(candidates, sums, strict=True)
-    ]
-
-
-def _result_row(candidate: Candidate, totals: Totals, sums: Sums, rows_S: list[int]) -> dict[str, Any]:
-    def mean(what: str, temperature: float) -> Estimate:
-        sums_S = sums.get((what, temperature))
-        return Estimate(None, None) if sums_S is None else estimate(sums_S, rows_S)
-
-    kl_t1, kl_t2, squared_t1 = mean("kl", 1.0), mean("kl", 2.0), mean("squared", 1.0)
-    n_rows = totals.n_rows
-    return {
-        "codec": candidate.codec,
-        "config": candidate.config,
-        "bytes_per_token": totals.blob_bytes / n_rows,
-        "container_bytes_per_token": totals.container_bytes / n_rows,
-        "table_bytes": candidate.table_bytes,
-        "kl_t1": kl_t1.mean,
-        "kl_t2": kl_t2.mean,
-        "kl_t1_se": kl_t1.se,
-        "kl_t2_se": kl_t2.se,
-        "tv_t1": mean("tv", 1.0).mean,
-        "tv_t2": mean("tv", 2.0).mean,
-        "gradient_error_t1": squared_t1.mean,
-        "gradient_error_t1_se": squared_t1.se,
-        "encode_tokens_per_s": n_rows / totals.encode_s,
-        "decode_tokens_per_s": n_rows / totals.decode_s,
-        "tail_rows_per_s": None,  # speed of the tail model; no codec here has one
-    }
+        if preset.options.get("k", 0) > vocab_size:
+            continue
+        codec = logitstore.make_codec(vocab_size=vocab_size, **preset.options)
+        if preset.fitted:
+            codec = fitted_on_rows(codec, sample.rows) if sample else logitstore.calibrate(codec, logits, input_ids)
+        yield StoreCandidate(codec)
 
 
 class _LogitsOf:
@@ -224,12 +258,3 @@ class _LogitsOf:
 
     def __iter__(self) -> Iterator[Any]:
         return (self._file[index].logits for index in self._indices)
-
-
-def _within_row_limit(file: LogitsFile, indices: range, row_limit: int | None) -> list[int]:
-    """The first of the samples, up to the one that reaches the limit; two at least, for an error bar."""
-    if row_limit is None:
-        return list(indices)
-    reached = np.cumsum(file.sample_lengths[indices] - 1) >= row_limit
-    n_kept = int(reached.argmax()) + 1 if reached.any() else len(indices)
-    return list(indices)[: max(n_kept, 2)]

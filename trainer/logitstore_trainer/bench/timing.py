@@ -1,7 +1,8 @@
 """Times of repeated calls as quantiles, with the candidates interleaved so that a busy machine slows all alike."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +66,16 @@ def median_call(call: Callable[[], Any], *, repeats: int = 3) -> tuple[Any, floa
         result = call()
         seconds.append(time.perf_counter() - start_s)
     return result, float(np.median(seconds))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch on one core inside, as before outside."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

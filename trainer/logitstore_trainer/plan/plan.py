@@ -102,11 +102,11 @@ def plan(logits: Path, goal: Goal, *, n_rows: int = 1020, seed: int = 0, out: Pa
     if len(sample) < 2:
         raise ValueError(f"{logits} holds one sample; a plan fits on some and measures on others")
     folder = output_folder(out) if out is not None else None
-    held_out = (
-        range(HELD_OUT_EVERY - 1, len(sample), HELD_OUT_EVERY) if len(sample) >= HELD_OUT_EVERY else [len(sample) - 1]
+    held_out = held_out_samples(range(len(sample)))
+    measured = spread_samples(sample, sorted(held_out), n_rows)
+    rows, tail = fitted_tail(
+        sample, [number for number in range(len(sample)) if number not in held_out], TailFitSettings(seed=seed)
     )
-    measured = _measured_samples(sample, held_out, n_rows)
-    rows, tail = fitted_tail(sample, set(held_out), seed)
     results = []
     codecs: list[TopKCodec] = []
     with Progress(total=len(UNFITTED) + len(RESIDUAL) + len(PREDICTED), desc="measure", unit="codecs") as display:
@@ -133,14 +133,18 @@ def plan(logits: Path, goal: Goal, *, n_rows: int = 1020, seed: int = 0, out: Pa
     return 0 if best is not None else 1
 
 
-def fitted_tail(sample: LogitsFile, held_out: set[int], seed: int) -> tuple[TailRows, TailModel]:
-    """The rows of all samples that are not held out, and the tail model fitted to them."""
-    numbers = [i for i in range(len(sample)) if i not in held_out]
+def held_out_samples(numbers: Sequence[int]) -> set[int]:
+    """Every fifth of these samples, the last one at least: those that decide and are not fitted on."""
+    return set(numbers[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) or set(numbers[-1:])
+
+
+def fitted_tail(sample: LogitsFile, numbers: Sequence[int], settings: TailFitSettings) -> tuple[TailRows, TailModel]:
+    """The rows of these samples, and the tail model fitted to them."""
     total = int(sum(sample.sample_lengths[i] - 1 for i in numbers))
     with Progress(total=total, desc="read the sample", unit="rows") as display:
         rows = tail_rows(_Samples(sample, numbers), sample.vocab_size, on_rows=display.update)
     with _StepProgress() as display:
-        return rows, fit_tail(rows, TailFitSettings(seed=seed), display.on_step)
+        return rows, fit_tail(rows, settings, display.on_step)
 
 
 class _StepProgress(contextlib.ExitStack):
@@ -175,7 +179,8 @@ def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
         yield fitted_on_rows(logitstore.make_codec("topk", vocab_size=vocab_size, **options), rows, tail)
 
 
-def _measured_samples(sample: LogitsFile, held_out: Sequence[int], n_rows: int) -> list[Any]:
+def spread_samples(sample: LogitsFile, held_out: Sequence[int], n_rows: int) -> list[Any]:
+    """Samples of n_rows rows together, spread over those that are held out."""
     chosen, total = [], 0
     step = max(1, int(len(held_out) * float(np.mean(sample.sample_lengths)) / n_rows))  # spread over the file
     for number in held_out[::step]:
