@@ -20,6 +20,7 @@ from logitstore.tail_fit import TailFitSettings, fit_tail_model
 from logitstore.tail_model import TailModel
 from logitstore.tail_moments import COARSE, encode_moments
 from logitstore.tail_predictor import TailPredictor
+from logitstore.tail_rank import with_rank
 from logitstore.tail_rows import ENTRIES, Sample, TailRows, tail_rows
 from logitstore.targets import TeacherTargets
 from logitstore.temperature import segment_logsumexp, shifted_head
@@ -51,12 +52,18 @@ def fitted_on_rows(codec: "TopKCodec", rows: TailRows, tail: TailModel | None = 
 
 
 def fit_tail(
-    rows: TailRows, settings: TailFitSettings | None = None, on_step: Callable[[int, int, float], Any] | None = None
+    rows: TailRows,
+    settings: TailFitSettings | None = None,
+    on_step: Callable[[int, int, float], Any] | None = None,
+    *,
+    rank: int | None = None,
 ) -> TailModel:
-    """fit_tail_model with no more passes over a small sample than do it good."""
+    """fit_tail_model with no more passes over a small sample than do it good; rank: coefficients, None for as many as
+    the head is wide (1,024 at most)."""
     settings = settings or TailFitSettings()
     settings = replace(settings, rows_seen=min(settings.rows_seen, PASSES * rows.n_rows))
-    return fit_tail_model(rows, settings, on_step=on_step)
+    model = fit_tail_model(rows, settings, on_step=on_step)
+    return model if rank is None else with_rank(model, rows, min(rank, model.rank))
 
 
 def targets_of_rows(codec: "TopKCodec", rows: TailRows) -> Iterator[TeacherTargets]:

@@ -27,6 +27,7 @@ from logitstore.tail_rows import TailRows
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_COEFS = 1024
 FISHER_ROWS = 6144
 RIDGE_ROWS = 100_000
 TRAINED = (
@@ -48,13 +49,12 @@ SLOW = {"prior": 0.1, "current_map": 0.1, "next_map": 0.1, "factor": 0.1, "head_
 
 @dataclass(frozen=True)
 class TailFitSettings:
-    """width p and hidden units of the network; rank: coefficients, None for the head's own width (1,024 at most).
-    rows_seen: over how many rows training goes, passes times rows. batch_rows: rows of a step. columns: tokens of a
-    step, the likeliest half always. entries: range of the number of entries. seed: of everything drawn."""
+    """width p and hidden units of the network. rows_seen: over how many rows training goes, passes times rows.
+    batch_rows: rows of a step. columns: tokens of a step, the likeliest half always. entries: range of the number of
+    entries. seed: of everything drawn."""
 
     width: int = 192
     hidden: int = 224
-    rank: int | None = None
     rows_seen: int = 800_000
     batch_rows: int = 512
     columns: int = 8192
@@ -77,7 +77,7 @@ def fit_tail_model(
     embedding, bias = _embedding(rows, mean_hidden, fisher.metric, width)
     parameters = _initial_parameters(rows, mean_hidden, embedding, fisher.metric, settings, generator)
     _train(rows, embedding, bias, fisher.column_weights, parameters, settings, generator, on_step)
-    return _in_residual_basis(rows, embedding, bias, fisher, parameters, settings, generator)
+    return _in_residual_basis(rows, embedding, bias, fisher, parameters, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +358,6 @@ def _in_residual_basis(
     bias: "Tensor",
     fisher: TailFisher,
     parameters: dict[str, "Tensor"],
-    settings: TailFitSettings,
     generator: Any,
 ) -> TailModel:
     """The trained model with its output in the directions of the head, the ones that it predicts worst first."""
@@ -384,7 +383,7 @@ def _in_residual_basis(
                 break
     residual = torch.cat(left)
     _, vectors = torch.linalg.eigh((residual.T @ residual).double() / len(residual))
-    rank = min(settings.rank or 1024, rows.lm_head.shape[1], 1024)
+    rank = min(rows.lm_head.shape[1], MOST_COEFS)
     directions = vectors.flip(1)[:, :rank].float()
     basis = _as_half(rows.lm_head @ (inverse_root @ directions))
     to_coefs = (root @ directions) * (basis != 0).any(0)
