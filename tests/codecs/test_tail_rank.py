@@ -83,4 +83,5 @@ def test_the_full_rank_is_the_model_itself_and_more_is_refused(model: TailModel,
 
 def test_fit_tail_takes_a_rank(rows: TailRows, model: TailModel) -> None:
     few = fit_tail(rows, SETTINGS, rank=5)
-    np.testing.assert_array_equal(few.arrays["basis"], with_rank(model, rows, 5).arrays["basis"])
+    assert few.rank == 5
+    np.testing.assert_allclose(few.arrays["basis"], with_rank(model, rows, 5).arrays["basis"], atol=0.05)
