@@ -6,28 +6,27 @@ tables of corrections. Nothing is chosen on rows that are reported elsewhere: th
 Letters: R rows, V vocabulary. T is the temperature.
 """
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import logitstore
 from logitstore.codecs.topk import TopKCodec
-from logitstore.fit_codec import fit_tail, fitted_on_rows
+from logitstore.fit_cache import FitCache
+from logitstore.fit_codec import counted, fit_tail, fitted_on_rows
 from logitstore.tail_fit import TailFitSettings
 from logitstore.tail_model import TailModel
 from logitstore.tail_rows import TailRows, tail_rows
-from logitstore_trainer.bench.environment import environment, output_folder, write_json
 from logitstore_trainer.bench.fidelity import estimate, row_divergences
-from logitstore_trainer.bench.logits_file import LogitsFile
-from logitstore_trainer.plan.page import plan_table, recommendation_text, write_page
-from logitstore_trainer.progress import Progress
-from logitstore_trainer.report import format_table
+from logitstore_trainer.plan.goal import Goal
+from logitstore_trainer.plan.sample import PlanSample, SampleRows, TextsOf
+from logitstore_trainer.progress import Progress, StageProgress
 
+MEASURED_ROWS = 1020
 HELD_OUT_EVERY = 5
 UNFITTED = tuple({"k": k} for k in (8, 16, 32, 64))
 RESIDUAL = tuple({"head": "log", "head_step": 0.5, "k": 64, "min_prob": p} for p in (0.01, 0.0025))
@@ -55,114 +54,64 @@ PREDICTED = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Goal:
-    """At most max_bytes_per_token bytes, or at most max_kl nats: one of the two. temperature: at which KL counts, None
-    for T = 1 and T = 2 together (max_kl: T = 1). tokens: how many will be stored. Raises ValueError for others."""
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """results: a row for each configuration, as measured_codec gives it, with "frontier". chosen, codec: the row that
+    the goal takes and its codec, None where no configuration reaches the goal. rows_fitted, rows_measured: of the
+    teacher. texts_measured: whose rows these are. seconds: what the plan took."""
 
-    max_bytes_per_token: float | None
-    max_kl: float | None
-    temperature: float | None = None
-    tokens: float = 1e9
-
-    def __post_init__(self) -> None:
-        if (self.max_bytes_per_token is None) == (self.max_kl is None):
-            raise ValueError("a goal is either --max-bytes-per-token or --max-kl")
-        for name in ("max_bytes_per_token", "max_kl", "temperature", "tokens"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """At which KL is measured: 1, 2 and the goal's own."""
-        return tuple(sorted({1.0, 2.0, *([self.temperature] if self.temperature else [])}))
-
-    def loss(self, row: dict[str, Any]) -> float:
-        """The KL that counts, in nats, of a measured configuration."""
-        if self.temperature is not None:
-            return row["kl"][f"{self.temperature:g}"]
-        return row["kl"]["1"] if self.max_kl is not None else row["kl"]["1"] + row["kl"]["2"]
-
-    def chosen(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """The best of the configurations that keep to the goal, None where none does."""
-        if self.max_kl is not None:
-            fitting = [row for row in rows if self.loss(row) <= self.max_kl]
-            return min(fitting, key=lambda row: row["bytes_per_token"], default=None)
-        fitting = [row for row in rows if row["bytes_per_token"] <= self.max_bytes_per_token]
-        return min(fitting, key=self.loss, default=None)
+    results: list[dict[str, Any]]
+    chosen: dict[str, Any] | None
+    codec: TopKCodec | None
+    rows_fitted: int
+    rows_measured: int
+    texts_measured: int
+    seconds: float
 
 
-def plan(logits: Path, goal: Goal, *, n_rows: int = 1020, seed: int = 0, out: Path | None = None) -> int:
-    """Fits, measures, prints and, where there is a folder, writes; returns the exit code."""
+def make_plan(
+    sample: PlanSample, goal: Goal, *, n_rows: int = MEASURED_ROWS, seed: int = 0, cache: FitCache | None = None
+) -> Planned:
+    """Fits on four fifths of the texts, measures on n_rows rows of the last fifth, and chooses.
+
+    Shows progress; prints nothing else. Raises ValueError for a sample of one text, or n_rows below 1.
+    """
     if n_rows < 1:
         raise ValueError(f"--rows must be at least 1, got {n_rows}")
+    n_texts = len(sample.row_counts)
+    if n_texts < 2:
+        raise ValueError(f"{sample.name} gives one text; a plan fits on some and measures on others")
     start_s = time.perf_counter()
-    sample = LogitsFile(logits)
-    if len(sample) < 2:
-        raise ValueError(f"{logits} holds one sample; a plan fits on some and measures on others")
-    folder = output_folder(out) if out is not None else None
-    held_out = (
-        range(HELD_OUT_EVERY - 1, len(sample), HELD_OUT_EVERY) if len(sample) >= HELD_OUT_EVERY else [len(sample) - 1]
-    )
-    measured = _measured_samples(sample, held_out, n_rows)
-    rows, tail = fitted_tail(sample, set(held_out), seed)
-    results = []
-    codecs: list[TopKCodec] = []
+    held_out = range(HELD_OUT_EVERY - 1, n_texts, HELD_OUT_EVERY) if n_texts >= HELD_OUT_EVERY else [n_texts - 1]
+    measured_numbers = _measured_numbers(sample.row_counts, held_out, n_rows)
+    measured = list(TextsOf(sample, measured_numbers))
+    fitting = TextsOf(sample, [i for i in range(n_texts) if i not in set(held_out)])
+    rows, tail = fitted_tail(fitting, seed, cache)
+    results: list[dict[str, Any]] = []
+    best: TopKCodec | None = None
     with Progress(total=len(UNFITTED) + len(RESIDUAL) + len(PREDICTED), desc="measure", unit="codecs") as display:
         for codec in candidates(rows, tail):
             results.append(measured_codec(codec, measured, goal.temperatures))
-            codecs.append(codec)
+            if goal.chosen(results) is results[-1]:
+                best = codec  # the others are dropped: tables take up to hundreds of MB
             display.update()
-    best = goal.chosen(results)
     mark_frontier(results, goal)
-    facts = environment(
-        logits=str(logits.name),
+    return Planned(
+        results=results,
+        chosen=goal.chosen(results),
+        codec=best,
         rows_fitted=rows.n_rows,
-        rows_measured=sum(len(item.input_ids) - 1 for item in measured),
+        rows_measured=TextsOf(sample, measured_numbers).n_rows,
+        texts_measured=len(measured),
         seconds=time.perf_counter() - start_s,
     )
-    print(format_table(*plan_table(results, goal)))
-    print(recommendation_text(results, best, goal, folder))
-    if folder is not None:
-        write_json(folder / "plan.json", {"goal": vars(goal), "results": results, "chosen": best, "facts": facts})
-        report = write_page(folder / "report.html", results, best, goal, facts)
-        if best is not None:
-            codecs[results.index(best)].save(folder)
-        print(f"report: {report}")
-    return 0 if best is not None else 1
 
 
-def fitted_tail(sample: LogitsFile, held_out: set[int], seed: int) -> tuple[TailRows, TailModel]:
-    """The rows of all samples that are not held out, and the tail model fitted to them."""
-    numbers = [i for i in range(len(sample)) if i not in held_out]
-    total = int(sum(sample.sample_lengths[i] - 1 for i in numbers))
-    with Progress(total=total, desc="read the sample", unit="rows") as display:
-        rows = tail_rows(_Samples(sample, numbers), sample.vocab_size, on_rows=display.update)
-    with _StepProgress() as display:
-        return rows, fit_tail(rows, TailFitSettings(seed=seed), display.on_step)
-
-
-class _StepProgress(contextlib.ExitStack):
-    """Shows the steps of a fit, whose number is known with the first."""
-
-    _display: Progress | None = None
-
-    def on_step(self, step: int, steps: int, loss: float) -> None:
-        if self._display is None:
-            self._display = self.enter_context(Progress(total=steps, desc="fit the tail model", unit="steps"))
-        self._display.update()
-
-
-@dataclass(frozen=True, eq=False)
-class _Samples:
-    file: LogitsFile
-    numbers: Sequence[int]
-
-    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        for number in self.numbers:
-            sample = self.file[number]
-            yield sample.logits, sample.input_ids, None
+def fitted_tail(texts: TextsOf, seed: int, cache: FitCache | None) -> tuple[TailRows, TailModel]:
+    """The rows of these texts, and the tail model fitted to them or found in the cache."""
+    with StageProgress() as display:
+        rows = tail_rows(texts, texts.sample.vocab_size, on_rows=counted(display, "rows", texts.n_rows))
+        return rows, fit_tail(rows, TailFitSettings(seed=seed), on_progress=display, cache=cache)
 
 
 def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
@@ -175,31 +124,33 @@ def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
         yield fitted_on_rows(logitstore.make_codec("topk", vocab_size=vocab_size, **options), rows, tail)
 
 
-def _measured_samples(sample: LogitsFile, held_out: Sequence[int], n_rows: int) -> list[Any]:
+def _measured_numbers(row_counts: NDArray[np.int64], held_out: Sequence[int], n_rows: int) -> list[int]:
+    """Texts of about n_rows rows together, spread over those that are held out."""
     chosen, total = [], 0
-    step = max(1, int(len(held_out) * float(np.mean(sample.sample_lengths)) / n_rows))  # spread over the file
+    step = max(1, int(len(held_out) * float(row_counts.mean()) / n_rows))
     for number in held_out[::step]:
-        chosen.append(sample[number])
-        total += len(chosen[-1].input_ids) - 1
+        chosen.append(number)
+        total += int(row_counts[number])
         if total >= n_rows:
             break
     return chosen
 
 
-def measured_codec(codec: TopKCodec, samples: Sequence[Any], temperatures: Sequence[float]) -> dict[str, Any]:
+def measured_codec(codec: TopKCodec, samples: Sequence[SampleRows], temperatures: Sequence[float]) -> dict[str, Any]:
     """A codec on these samples: config, bytes_per_token, table_bytes, entries a row, kl and kl_se by temperature."""
     n_bytes, n_rows, n_entries = 0, [], 0
     kl_sums: dict[float, list[float]] = {temperature: [] for temperature in temperatures}
     for sample in samples:
-        targets = codec.targets_from_logits(sample.logits, sample.input_ids)
+        targets = codec.targets_from_logits(*sample)
         blob = codec.encode(targets, sample.input_ids)
         decoded = codec.decode(blob, sample.input_ids)
         n_bytes += len(blob)
-        n_rows.append(decoded.n_rows)
+        present = decoded.present
+        n_rows.append(int(present.sum()))
         n_entries += len(decoded.ids)
         for temperature, sums in kl_sums.items():
             dense = decoded.dense_logprobs(temperature)
-            sums.append(float(row_divergences(sample.logits, dense, temperature=temperature).kl.sum()))
+            sums.append(float(row_divergences(sample.logits, dense, temperature=temperature).kl[present].sum()))
     kls = {f"{temperature:g}": estimate(sums, n_rows) for temperature, sums in kl_sums.items()}
     config = {name: value for name, value in codec.config.items() if name not in ("name", "vocab_size", "tables")}
     return {
