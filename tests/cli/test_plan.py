@@ -15,7 +15,7 @@ from logitstore_trainer.plan.goal import Goal
 from logitstore_trainer.plan.page import warnings_of
 from logitstore_trainer.plan.plan import Planned, mark_frontier
 from made_up_teacher import V, teacher_samples
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -274,6 +274,37 @@ def test_tables_count_where_a_kl_is_to_be_reached_in_the_fewest_bytes() -> None:
     assert Goal(None, 0.5, tokens=99_000).chosen(rows) is rows[1]
     assert Goal(None, 0.5, tokens=101_000).chosen(rows) is rows[0]
     assert Goal(None, 0.5).chosen(rows) is rows[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"prompt,completion\n",
+            "not a safetensors file, or cut short; expected input_ids [N], sample_lengths",
+        ),
+        (save({"logits": torch.zeros(4, 9)}), "no tensor input_ids and no sample_lengths; expected input_ids [N]"),
+        (
+            save({"input_ids": torch.arange(4), "sample_lengths": torch.tensor([4])}),
+            "no logits (tensors: input_ids, sample_lengths); expected input_ids [N]",
+        ),
+        (
+            save({"input_ids": torch.arange(4), "sample_lengths": torch.tensor([4]), "logits": torch.zeros(4, 99)}),
+            "sample.safetensors gives one text; a plan fits on some and measures on others",
+        ),
+    ],
+    ids=["text", "no ids", "no logits", "one text"],
+)
+def test_a_wrong_file_is_said_in_one_line(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "sample.safetensors"
+    path.write_bytes(content)
+    assert main(["plan", "--logits", str(path), "--max-kl", "0.1", "--out", str(tmp_path / "plan")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "deserializ" not in error
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from logitstore.fingerprint import sha256_json
 from logitstore.tables import folder_sha256
 from logitstore_trainer.collect.settings import CollectSettings
 from logitstore_trainer.collect.source import Source
-from logitstore_trainer.collect.teacher import TeacherInfo, choose_device, choose_dtype
+from logitstore_trainer.collect.teacher import TeacherInfo, choose_dtype
 from logitstore_trainer.collect.teacher_source import generation_config_sha256
+from logitstore_trainer.devices import choose_device
 
 
 def store_spec(source: Source, settings: CollectSettings, codec: Codec) -> logitstore.StoreSpec:
