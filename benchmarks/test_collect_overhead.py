@@ -18,8 +18,9 @@ import torch
 import transformers
 from logitstore_kernels import topk_with_tail
 from logitstore_trainer.collect.forward import choose_forward
-from logitstore_trainer.collect.teacher import Teacher, TeacherInfo, choose_device, choose_dtype, load_teacher
+from logitstore_trainer.collect.teacher import Teacher, TeacherInfo, choose_dtype, load_teacher
 from logitstore_trainer.collect.teacher_source import TeacherSource
+from logitstore_trainer.devices import choose_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import logitstore

@@ -14,6 +14,7 @@ import numpy as np
 
 from logitstore.codecs.ranked_layout import moment_classes
 from logitstore.corrections import CorrectionTables, fit_corrections
+from logitstore.fit_cache import FitCache
 from logitstore.fit_tables import fit_tables, joined
 from logitstore.logits_source import FactoredLogits
 from logitstore.tail_fit import TailFitSettings, fit_tail_model
@@ -29,40 +30,83 @@ if TYPE_CHECKING:
     from logitstore.codecs.topk import TopKCodec
 
 CORRECTION_ROWS = 40_000
+# stage, done, total or None; the stages: "rows" read ("rows again" where more than 64 entries are kept), "steps" of the
+# tail model's fit, "texts" whose corrections are counted
+OnProgress = Callable[[str, int, int | None], Any]
 PASSES = 40  # over a small sample; a large one is seen as often as TailFitSettings.rows_seen says
 
 
-def fitted_on_samples(codec: "TopKCodec", samples: Iterable[Sample]) -> "TopKCodec":
-    """The codec fitted to a re-iterable of samples (logits [L, V], input_ids [L], keep_mask [L-1] or None)."""
+def fitted_on_samples(
+    codec: "TopKCodec",
+    samples: Iterable[Sample],
+    on_progress: OnProgress | None = None,
+    cache: FitCache | None = None,
+) -> "TopKCodec":
+    """The codec fitted to a re-iterable of samples (logits [L, V], input_ids [L], keep_mask [L-1] or None); on_progress
+    and cache as in logitstore.calibrate."""
     if codec.tail == "residual":
-        unfitted = codec.unfitted()
-        targets = (unfitted.targets_from_logits(*sample) for sample in samples)
+        targets = list(_targets_of_samples(codec.unfitted(), samples, counted(on_progress, "rows")))
         return codec.refitted(fit_tables(joined(targets), codec.head_format, codec.vocab_size))
-    rows = tail_rows(samples, codec.vocab_size)
+    rows = tail_rows(samples, codec.vocab_size, on_rows=counted(on_progress, "rows"))
     tail = codec.tables.tail if codec.tables is not None else None
+    if tail is None:
+        tail = fit_tail(rows, on_progress=on_progress, cache=cache)
     if codec.k <= ENTRIES:
-        return fitted_on_rows(codec, rows, tail)
-    unfitted = codec.unfitted()
-    return _fitted(codec, rows, [unfitted.targets_from_logits(*sample) for sample in samples], tail)
+        return fitted_on_rows(codec, rows, tail, on_progress)
+    targets = list(_targets_of_samples(codec.unfitted(), samples, counted(on_progress, "rows again")))
+    return _fitted(codec, rows, targets, tail, on_progress)
 
 
-def fitted_on_rows(codec: "TopKCodec", rows: TailRows, tail: TailModel | None = None) -> "TopKCodec":
+def counted(on_progress: OnProgress | None, stage: str, total: int | None = None) -> Callable[[int], Any]:
+    """What takes the number of newly done units of a stage and tells on_progress how many are done in all."""
+    done = 0
+
+    def more(n: int) -> None:
+        nonlocal done
+        done += n
+        if on_progress is not None:
+            on_progress(stage, done, total)
+
+    return more
+
+
+def _targets_of_samples(
+    codec: "TopKCodec", samples: Iterable[Sample], on_rows: Callable[[int], Any]
+) -> Iterator[TeacherTargets]:
+    for sample in samples:
+        targets = codec.targets_from_logits(*sample)
+        yield targets
+        on_rows(int(targets.present.sum()))
+
+
+def fitted_on_rows(
+    codec: "TopKCodec", rows: TailRows, tail: TailModel | None = None, on_progress: OnProgress | None = None
+) -> "TopKCodec":
     """The codec, of at most 64 entries, fitted to rows; tail: a model that was fitted before, None to fit one."""
-    return _fitted(codec, rows, list(targets_of_rows(codec.unfitted(), rows)), tail)
+    return _fitted(codec, rows, list(targets_of_rows(codec.unfitted(), rows)), tail, on_progress)
 
 
 def fit_tail(
     rows: TailRows,
     settings: TailFitSettings | None = None,
-    on_step: Callable[[int, int, float], Any] | None = None,
     *,
     rank: int | None = None,
+    on_progress: OnProgress | None = None,
+    cache: FitCache | None = None,
 ) -> TailModel:
-    """fit_tail_model with no more passes over a small sample than do it good; rank: coefficients, None for as many as
-    the head is wide (1,024 at most)."""
+    """fit_tail_model with no more passes over a small sample than do it good, or what the cache has of it; rank:
+    coefficients, None for as many as the head is wide (1,024 at most)."""
     settings = settings or TailFitSettings()
     settings = replace(settings, rows_seen=min(settings.rows_seen, PASSES * rows.n_rows))
-    model = fit_tail_model(rows, settings, on_step=on_step)
+
+    def fit() -> TailModel:
+        def on_step(step: int, steps: int, loss: float) -> None:
+            if on_progress is not None:
+                on_progress("steps", step, steps)
+
+        return fit_tail_model(rows, settings, on_step=on_step)
+
+    model = fit() if cache is None else cache.fitted(rows, settings, fit)
     return model if rank is None else with_rank(model, rows, min(rank, model.rank))
 
 
@@ -83,23 +127,34 @@ def targets_of_rows(codec: "TopKCodec", rows: TailRows) -> Iterator[TeacherTarge
 
 
 def _fitted(
-    codec: "TopKCodec", rows: TailRows, targets: Sequence[TeacherTargets], tail: TailModel | None
+    codec: "TopKCodec",
+    rows: TailRows,
+    targets: Sequence[TeacherTargets],
+    tail: TailModel | None,
+    on_progress: OnProgress | None,
 ) -> "TopKCodec":
     tables = fit_tables(joined(targets), codec.head_format, codec.vocab_size)
     if codec.tail != "predicted":
         return codec.refitted(tables)
-    tables = replace(tables, tail=tail if tail is not None else fit_tail(rows))
+    tables = replace(tables, tail=tail if tail is not None else fit_tail(rows, on_progress=on_progress))
     if codec.tail_step is not None:
-        tables = replace(tables, corrections=_corrections(codec.tail_step, rows, targets, tables.predictor))
+        corrections = _corrections(codec.tail_step, rows, targets, tables.predictor, on_progress)
+        tables = replace(tables, corrections=corrections)
     return codec.refitted(tables)
 
 
 def _corrections(
-    step: float, rows: TailRows, targets: Sequence[TeacherTargets], predictor: TailPredictor
+    step: float,
+    rows: TailRows,
+    targets: Sequence[TeacherTargets],
+    predictor: TailPredictor,
+    on_progress: OnProgress | None,
 ) -> CorrectionTables:
     errors, weights, classes = [], [], []
+    on_text = counted(on_progress, "texts", rows.n_sequences)
     every = max(1, rows.n_rows // CORRECTION_ROWS)
     for number, (index, _, _) in enumerate(_sequences(rows)):
+        on_text(1)
         if number % every:
             continue
         sequence = targets[number]

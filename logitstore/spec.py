@@ -82,8 +82,9 @@ def require_same_spec(found: StoreSpec, expected: StoreSpec, *, where: str, advi
     for name in _COMPARED:
         there, here = _comparable(found, name), _comparable(expected, name)
         if there != here:
+            only = _differing(there, here) if name == "collection" else None
             raise SpecMismatchError(
-                f"{where} has {_described(found, name)}, this run {_described(expected, name)}; {advice}"
+                f"{where} has {_described(found, name, only)}, this run {_described(expected, name, only)}; {advice}"
             )
 
 
@@ -107,10 +108,16 @@ def _comparable(spec: StoreSpec, name: str) -> Any:
     return value.config if name == "codec" else dict(value) if name == "collection" else value
 
 
-def _described(spec: StoreSpec, name: str) -> str:
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return sorted(key for key in there | here if (key in there, there.get(key)) != (key in here, here.get(key)))
+
+
+def _described(spec: StoreSpec, name: str, only: list[str] | None) -> str:
+    """A field and its value; of a mapping the items that are named, or all."""
     value = _comparable(spec, name)
     if isinstance(value, dict):
-        value = ", ".join(f"{key}={item}" for key, item in value.items())
+        keys = value if only is None else only
+        value = ", ".join(f"{key}={value[key]}" if key in value else f"no {key}" for key in keys)
     if name in _CALLED:
         return f"{_CALLED[name]} {getattr(spec, _CALLED[name])} (SHA-256 {str(value)[:12]})"
     return f"{name} {value}"

@@ -55,7 +55,7 @@ class TailFitSettings:
 
     width: int = 192
     hidden: int = 224
-    rows_seen: int = 800_000
+    rows_seen: int = 1_200_000
     batch_rows: int = 512
     columns: int = 8192
     entries: tuple[int, int] = (4, 32)

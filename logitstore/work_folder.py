@@ -112,8 +112,7 @@ class WorkFolder:
 
     def _agree_on_plan(self, store_path: Path, spec: StoreSpec, shard_samples: int | None) -> None:
         plan = read_plan(store_path)
-        nothing_done = not self._groups() and not any(store_path.glob("*.parquet"))
-        if plan is None or nothing_done:
+        if plan is None or not has_samples(store_path):
             path = self.folder / _PLAN
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps({"spec": spec.to_json(), "shard_samples": shard_samples}))
@@ -128,6 +127,13 @@ class WorkFolder:
                 f"the unfinished store in {self.folder} has shards of {plan.shard_samples} samples, this run of "
                 f"{shard_samples}; {advice}"
             )
+
+
+def has_samples(store_path: Path) -> bool:
+    """Whether anything was stored for the store at `store_path`: a shard, or an acknowledged row group."""
+    if store_path.is_file():
+        return True
+    return any(store_path.glob("*.parquet")) or any(work_path(store_path).glob("group-*.parquet"))
 
 
 def read_plan(store_path: Path) -> Plan | None:

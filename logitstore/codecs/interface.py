@@ -6,10 +6,11 @@ conformance.check_codec. Its targets_from_logits must hand out what decode(encod
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from logitstore.codec_tables import CodecTables
+from logitstore.fit_cache import FitCache
 from logitstore.targets import TeacherTargets
 
 
@@ -43,8 +44,14 @@ class Codec(Protocol):
     @property
     def max_row_bytes(self) -> int: ...
 
-    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "Codec":
-        """The codec fitted to samples of (logits, input_ids, keep_mask or None); itself where nothing is fitted."""
+    def calibrated(
+        self,
+        samples: Iterable[tuple[Any, Any, Any]],
+        on_progress: Callable[[str, int, int | None], Any] | None = None,
+        cache: FitCache | None = None,
+    ) -> "Codec":
+        """The codec fitted to samples of (logits, input_ids, keep_mask or None); itself where nothing is fitted.
+        on_progress is called with (stage, done, total or None); cache: tail models that were fitted before."""
         ...
 
     def with_tables(self, tables: CodecTables) -> "Codec":

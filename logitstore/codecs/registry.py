@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from logitstore.codecs.topk import TopKCodec
 from logitstore.codecs.varopt import VarOptCodec
 from logitstore.errors import CorruptionError, FormatError
 from logitstore.fingerprint import sha256_json
+from logitstore.fit_cache import FitCache
 
 CODECS: dict[str, type[Codec]] = {
     "rskd": RSKDCodec,
@@ -57,17 +58,29 @@ def make_codec(name: str, *, vocab_size: int, tables: str | None = None, **optio
     return codec_type(vocab_size=vocab_size, **options)
 
 
-def calibrate(codec: Codec, logits: Any, input_ids: Any, keep_mask: Any = None) -> Codec:
+def calibrate(
+    codec: Codec,
+    logits: Any,
+    input_ids: Any,
+    keep_mask: Any = None,
+    *,
+    on_progress: Callable[[str, int, int | None], Any] | None = None,
+    cache: FitCache | None = None,
+) -> Codec:
     """The codec fitted to a sample: a new codec, whose stores need its tables beside them. A codec that samples is
     returned as it is: nothing of it is fitted.
 
     logits: [L, V] array, tensor or FactoredLogits, a list of them, or a re-iterable of them, with input_ids and
-    keep_mask alike. Only the kept entries are held. Raises TypeError for a codec that is none of ours, ValueError
-    where the lengths differ or no row is present.
+    keep_mask alike. Only the kept entries are held.
+
+    on_progress: called with (stage, done, total or None) as the fit goes on, the stages being "rows" read, "steps" of
+    the tail model's fit and "texts" whose corrections are counted; nothing is printed. cache: a FitCache of tail
+    models, None to fit anew. Raises TypeError for a codec that is none of ours, ValueError where the lengths differ or
+    no row is present.
     """
     if not isinstance(codec, tuple(CODECS.values())):
         raise TypeError(f"calibrate takes a codec of make_codec or load_codec, got {type(codec).__name__}")
-    return codec.calibrated(_Samples(logits, input_ids, keep_mask))
+    return codec.calibrated(_Samples(logits, input_ids, keep_mask), on_progress, cache)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ class SampledCodec(ABC):
     def _targets_of(self, given: GivenSamples, tokens: NDArray[np.int32], keep: NDArray[np.bool_]) -> TeacherTargets:
         """The targets of checked samples, quantised."""
 
-    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "SampledCodec":
+    def calibrated(
+        self, samples: Iterable[tuple[Any, Any, Any]], on_progress: Any = None, cache: Any = None
+    ) -> "SampledCodec":
         """The codec itself: nothing of it is fitted."""
         return self
 

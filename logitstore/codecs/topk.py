@@ -13,7 +13,7 @@ Letters: L sequence length, R rows, N rows given, K entries given, V vocabulary.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from logitstore.codecs.checks import (
 from logitstore.codecs.flat_layout import StoredRows, decode_flat, encode_flat
 from logitstore.codecs.ranked_layout import canonical_order, decode_ranked, encode_ranked
 from logitstore.errors import SpecMismatchError
+from logitstore.fit_cache import FitCache
 from logitstore.head_rows import decoded_head, head_on_grid, quantised_head
 from logitstore.head_values import HeadFormat, QuantisedHead
 from logitstore.head_values import head_format as named_head_format
@@ -129,14 +130,20 @@ class TopKCodec:
         corrections = None if self.tables is None else self.tables.corrections
         return ranked_layout.max_row_bytes(self.vocab_size, self.k, 0 if corrections is None else corrections.width)
 
-    def calibrated(self, samples: Iterable[tuple[Any, Any, Any]]) -> "TopKCodec":
-        """This codec fitted to a re-iterable of samples (logits [L, V], input_ids [L], keep_mask [L-1] or None).
+    def calibrated(
+        self,
+        samples: Iterable[tuple[Any, Any, Any]],
+        on_progress: Callable[[str, int, int | None], Any] | None = None,
+        cache: FitCache | None = None,
+    ) -> "TopKCodec":
+        """This codec fitted to a re-iterable of samples (logits [L, V], input_ids [L], keep_mask [L-1] or None);
+        on_progress and cache as in logitstore.calibrate.
 
         A tail model that it has already is kept.
         """
         from logitstore.fit_codec import fitted_on_samples
 
-        return fitted_on_samples(self, samples)
+        return fitted_on_samples(self, samples, on_progress, cache)
 
     def unfitted(self) -> "TopKCodec":
         """The codec of the same head without anything that is fitted; its tail is uniform."""

@@ -19,6 +19,7 @@ from logitstore_trainer.bench.loss_candidates import (
     value_and_gradient,
 )
 from logitstore_trainer.bench.memory import peak_extra_bytes
+from logitstore_trainer.cli import main
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -141,3 +142,13 @@ def test_peak_memory_counts_what_is_alive_at_once():
 def test_peak_memory_counts_buffers_inside_an_operator():
     x = torch.zeros(256, 1024)  # 1 MiB; logsumexp makes one more of that size and returns 1 KiB
     assert peak_extra_bytes(lambda: torch.logsumexp(x, 1), CPU) >= MIB
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "xpu"])
+def test_a_device_that_is_not_here_is_said_in_one_line(device, tmp_path, capsys):
+    assert main(["bench", "kernels", "--device", device, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"logitstore: --device is {device!r}, ")
+    assert error.rstrip().endswith(("expected auto, cpu, cuda, cuda:N or mps", "use --device auto"))
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from logitstore_trainer.bench import throughput
-from logitstore_trainer.bench.devices import pick_device
 from logitstore_trainer.bench.environment import environment, environment_rows, write_json
 from logitstore_trainer.bench.timing import Times, interleaved_times, median_call
 
@@ -100,15 +99,38 @@ def test_bad_requests_are_refused(store_path, tmp_path):
     with pytest.raises(ValueError, match="--out .*file is a file; name a folder for results.json and report.html"):
         _run(store_path, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
-    with pytest.raises(ValueError, match="device 'nonsense' cannot be used here"):
+    with pytest.raises(ValueError, match="--device is 'nonsense', expected auto, cpu, cuda, cuda:N or mps"):
         _run(store_path, tmp_path, "--device", "nonsense")
 
 
-def test_a_device_that_is_not_here_is_refused():
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device 'cuda' cannot be used here"):
-            pick_device("cuda")
-    assert pick_device("cpu") == torch.device("cpu")
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+def test_stores_of_samples_and_of_predicted_tails_are_measured_with_the_loss_that_suits_them(
+    tmp_path, capsys, kind: str
+):
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(0, V, 12) for _ in range(4)]
+    logits = [rng.standard_normal((12, V)).astype(np.float32) for _ in texts]
+    if kind == "sampled":
+        codec = logitstore.make_codec("varopt", vocab_size=V, k=5)
+    else:
+        codec = logitstore.make_codec("topk", vocab_size=V, k=4, head="log", tail="predicted", tail_step=0.5)
+        codec = logitstore.calibrate(codec, logits, texts)
+    path = tmp_path / "s.parquet"
+    with logitstore.create(path, logitstore.StoreSpec(codec=codec, vocab_size=V)) as writer:
+        for sample_id, (rows, ids) in enumerate(zip(logits, texts, strict=True)):
+            writer.append(sample_id, ids, codec.targets_from_logits(rows, ids))
+    assert _run(path, tmp_path / "out", "--batch-size", "2") == 0
+    results = {row["stage"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert list(results) == ["read", "decode", "collate", "loss", "step"]
+    store = logitstore.open(path)
+    counted = [2, 3, 0, 1, 2, 3]  # rounds 1 to 3 of two batches of two
+    blob_bytes = sum(len(store.read_stored(i)[0].blob) for i in counted)
+    n_present = 11 * len(counted)
+    decode = results["decode"]
+    assert decode["bytes_per_s"] / decode["tokens_per_s"] * n_present == pytest.approx(blob_bytes)
+    facts = json.loads((tmp_path / "out" / "environment.json").read_text())
+    assert (facts["tail"], facts["temperature"]) == (kind, 1.0 if kind == "sampled" else 2.0)
+    assert facts["bottleneck"] in capsys.readouterr().out
 
 
 def test_candidates_are_called_in_turn_and_warm_up_does_not_count():

@@ -1,7 +1,7 @@
 """The top-k codec: what it keeps, that bytes give it back bit for bit, and the error bounds that it declares."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logitstore
+from logitstore.codecs.conformance import require_same
 from logitstore.head_values import HEADS, head_format
 from logitstore.tail_moments import COARSE, FINE
 
@@ -21,16 +22,6 @@ def log_softmax(logits_NV: np.ndarray) -> np.ndarray:
 
 def peaked_logits(rng: np.random.Generator, length: int, vocab_size: int, scale: float = 3.0) -> np.ndarray:
     return (rng.standard_normal((length, vocab_size)) * scale).astype(np.float32)
-
-
-def assert_same_targets(a: logitstore.TeacherTargets, b: logitstore.TeacherTargets) -> None:
-    for field in fields(a):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(x, np.ndarray):
-            assert x.dtype == y.dtype, field.name
-            np.testing.assert_array_equal(x, y, err_msg=field.name)
-        else:
-            assert x is y or x == y, field.name
 
 
 @st.composite
@@ -64,7 +55,7 @@ def test_blob_gives_targets_back_bit_for_bit(case) -> None:
     targets = codec.targets_from_logits(logits, input_ids, keep_mask)
     blob = codec.encode(targets, input_ids)
     decoded = codec.decode(blob, input_ids)
-    assert_same_targets(decoded, targets)
+    require_same(decoded, targets, "targets")
     assert codec.encode(decoded, input_ids) == blob
     np.testing.assert_array_equal(targets.present, keep_mask)
     assert targets.n_rows == len(input_ids) - 1
@@ -202,7 +193,7 @@ def test_chunked_logits_equal_whole_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = [topk_with_tail(chunk, 8) for chunk in chunks]
     assert [len(part.ids) for part in parts][:-1] == [3] * (len(parts) - 1)
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    assert_same_targets(codec.targets_from_topk(*columns, input_ids=input_ids, keep_mask=keep_mask), whole)
+    require_same(codec.targets_from_topk(*columns, input_ids=input_ids, keep_mask=keep_mask), whole, "targets")
 
 
 def test_topk_rows_may_come_for_all_rows_or_for_the_kept_ones() -> None:
@@ -216,7 +207,7 @@ def test_topk_rows_may_come_for_all_rows_or_for_the_kept_ones() -> None:
     kept_rows = topk_with_tail(logits[:-1][keep_mask], 5)
     a = codec.targets_from_topk(*all_rows, input_ids=input_ids, keep_mask=keep_mask)
     b = codec.targets_from_topk(*kept_rows, input_ids=input_ids, keep_mask=keep_mask)
-    assert_same_targets(a, b)
+    require_same(a, b, "targets")
 
 
 def test_entries_behind_the_kth_join_the_tail() -> None:
@@ -459,7 +450,7 @@ class TestSelection:
         codec = logitstore.make_codec("topk", vocab_size=500, k=60, min_prob=0.02, head="fp16")
         targets = codec.targets_from_logits(self.logits, self.input_ids)
         blob = codec.encode(targets, self.input_ids)
-        assert_same_targets(codec.decode(blob, self.input_ids), targets)
+        require_same(codec.decode(blob, self.input_ids), targets, "targets")
         for t in range(targets.n_rows):
             rest = np.delete(self.logp_RV[t], targets.ids[targets.offsets[t] : targets.offsets[t + 1]])
             assert abs(targets.tail_logmass[t] - np.logaddexp.reduce(rest)) <= FINE.mass_error_bound + 1e-4

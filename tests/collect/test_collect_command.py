@@ -49,7 +49,8 @@ def test_the_seed_article_s_flags_give_a_verified_store_of_the_teacher_s_distrib
     teacher_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "teacher_logits.parquet"
-    assert main(["collect", "--teacher", str(teacher_folder), "--dataset", str(prompts), "--out", str(out)]) == 0
+    arguments = ["--teacher", str(teacher_folder), "--dataset", str(prompts), "--out", str(out)]
+    assert main(["collect", *arguments, "--dtype", "float32"]) == 0  # auto is bfloat16 on some CPUs
     store = logitstore.open(out)
     assert len(store) == 20
     assert store.spec.vocab_size == 260
@@ -118,8 +119,6 @@ def test_tables_of_a_fitted_codec_are_used(
     logitstore.calibrate(other, np.zeros((5, 50), np.float32), np.arange(5)).save(tmp_path / "other")
     assert collect(teacher_folder, prompts, tmp_path / "x", "--tables", str(tmp_path / "other")) == 2
     assert "fitted for a vocabulary of 50, " in capsys.readouterr().err
-    assert collect(teacher_folder, prompts, tmp_path / "x", "--set", "tail=predicted") == 2
-    assert "is fitted first: logitstore plan --out DIR, then collect --tables DIR" in capsys.readouterr().err
 
 
 def test_batches_do_not_change_what_is_stored(teacher_folder: Path, prompts: Path, tmp_path: Path) -> None:
@@ -337,7 +336,7 @@ def test_a_full_disk_says_what_is_safe(
 def test_a_bad_line_fails_before_the_teacher_loads(
     teacher_folder: Path, tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture, monkeypatch
 ) -> None:
-    monkeypatch.setattr("logitstore_trainer.collect.collect.load_teacher", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("logitstore_trainer.collect.source.load_teacher", lambda *a, **k: pytest.fail("loaded"))
     (tmp_path / "d.jsonl").write_text(content)
     assert collect(teacher_folder, tmp_path / "d.jsonl", tmp_path / "x.parquet") == 2
     error = capsys.readouterr().err
@@ -453,7 +452,7 @@ def test_a_run_that_failed_before_its_first_group_claims_nothing(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
-            "logitstore_trainer.collect.collect.load_teacher", lambda *a, **k: (_ for _ in ()).throw(ValueError("no"))
+            "logitstore_trainer.collect.source.load_teacher", lambda *a, **k: (_ for _ in ()).throw(ValueError("no"))
         )
         assert collect(teacher_folder, prompts, tmp_path / "x.parquet") == 2
     assert work_path(tmp_path / "x.parquet").is_dir()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from logitstore_trainer.collect.teacher import (
-    choose_device,
     choose_dtype,
     cpu_computes_bf16,
     inspect_teacher,
@@ -16,6 +15,7 @@ from logitstore_trainer.collect.teacher import (
     load_tokenizer,
 )
 from logitstore_trainer.collect.teacher_source import locate_teacher, teacher_fingerprint
+from logitstore_trainer.devices import choose_device
 from transformers import (
     BertConfig,
     BertForMaskedLM,

@@ -3,12 +3,16 @@
 import argparse
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from logitstore_trainer import checkpoints
+from logitstore_trainer.collect.teacher import choose_dtype
 from logitstore_trainer.evaluate import evaluate_student
 from logitstore_trainer.student import build_student
 from logitstore_trainer.train import TrainConfig, add_arguments, run, train
@@ -211,7 +215,7 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
         ({"steps": 0}, "--steps 0 must be above 0"),
         ({"eval_fraction": 1.0}, r"--eval-fraction 1.0 must lie"),
         ({"eval_fraction": 0.1, "eval_data": "x"}, "exclude each other"),
-        ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bf16, fp32"),
+        ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bfloat16, float32"),
         ({"data": "x.parquet"}, "must be a list"),
         ({"save_every": -1}, "must not be negative"),
         ({"tail": "ghost"}, "--tail 'ghost' is not one of"),
@@ -244,8 +248,41 @@ def test_the_command_line_has_the_defaults_of_the_config(config, store_path, tmp
     assert run(args) == 0
     printed = capsys.readouterr().out
     assert "3 steps of" in printed
+    assert re.search(
+        r"training, last logged: loss [\d.]+, KL at T = 2 \(without its factor T\^2\) [\d.]+, cross-entropy", printed
+    )
     assert "held out: cross-entropy" in printed
+    assert "KL(stored teacher || student) at T = 1" in printed
     assert (tmp_path / "cli" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whoever_may_read_the_configuration_may_read_the_weights(config, umask):
+    before = os.umask(umask)
+    try:
+        train(dataclasses.replace(config, steps=1))
+    finally:
+        os.umask(before)
+    for path in Path(config.out).iterdir():
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+
+
+def test_dtypes_have_a_short_and_a_long_name_in_both_commands(config):
+    for short, long in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")):
+        assert dataclasses.replace(config, dtype=short) == dataclasses.replace(config, dtype=long)
+        assert choose_dtype(short, torch.device("cpu")) == choose_dtype(long, torch.device("cpu")) == long
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    required = ["--student", STUDENT, "--data", "x", "--out", "y"]
+    assert parser.parse_args([*required, "--dtype", "fp32"]).dtype == "float32"
+    assert parser.parse_args([*required, "--dtype", "bfloat16"]).dtype == "bfloat16"
+
+
+def test_a_line_while_it_trains_says_at_which_temperature_the_kl_is(config, capsys, monkeypatch):
+    monkeypatch.setattr("logitstore_trainer.train_progress._LINE_INTERVAL_S", 0.0)
+    train(dataclasses.replace(config, steps=2, temperature=3.0))
+    assert re.search(r"step 2/2: loss [\d.]+, KL at T = 3 [\d.]+, cross-entropy [\d.]+, lr", capsys.readouterr().err)
 
 
 def test_help_loads_neither_torch_nor_transformers():

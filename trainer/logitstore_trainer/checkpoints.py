@@ -89,12 +89,17 @@ def read_metrics(out: Path) -> dict[str, Any] | None:
 
 
 def save_final_model(model: Any, tokenizer: Any, out: Path) -> None:
-    """Writes safetensors, configuration and tokenizer files into `out`, each file moved there whole."""
+    """Writes safetensors, configuration and tokenizer files into `out`, each file moved there whole.
+
+    Whoever may read config.json may read the weights: safetensors itself writes them for the owner alone.
+    """
     partial = out / _PARTIAL_NAME
     model.save_pretrained(str(partial))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
+    mode = (partial / "config.json").stat().st_mode & 0o777
     for path in sorted(partial.iterdir()):
+        path.chmod(mode)
         os.replace(path, out / path.name)
     partial.rmdir()
 

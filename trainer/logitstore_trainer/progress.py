@@ -16,13 +16,21 @@ _LOG_INTERVAL_S = 10.0
 _QUIET_S = 2.0
 
 
+FIT_STAGES = {
+    "rows": ("read the sample", "rows"),
+    "rows again": ("read it again", "rows"),
+    "steps": ("fit the tail model", "steps"),
+    "texts": ("fit the corrections", "texts"),
+}
+
+
 class _LogLines:
     """The part of tqdm's interface that we use, printing plain lines."""
 
     def __init__(self, total: int | None, desc: str, unit: str) -> None:
         self.total, self.desc, self.unit, self.n = total, desc, unit, 0
         self._start_s = self._last_s = time.monotonic()
-        self._printed = False
+        self._n_printed = -1
 
     def update(self, n: int = 1) -> None:
         self.n += n
@@ -33,10 +41,11 @@ class _LogLines:
 
     def close(self) -> None:
         now_s = time.monotonic()
-        if now_s - self._start_s >= _QUIET_S:
+        if now_s - self._start_s >= _QUIET_S and self.n != self._n_printed:
             self._print(now_s)
 
     def _print(self, now_s: float) -> None:
+        self._n_printed = self.n
         elapsed_s = max(now_s - self._start_s, 1e-9)
         rate = self.n / elapsed_s
         of_total, eta = "", ""
@@ -68,6 +77,35 @@ class Progress:
         self._display.close()
 
     def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class StageProgress:
+    """Shows a fit: called with (stage, done, total), as on_progress of logitstore.calibrate is; a context manager."""
+
+    def __init__(self) -> None:
+        self._stage, self._done = "", 0
+        self._display: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self._stage:
+            self.close()
+            desc, unit = FIT_STAGES[stage]
+            self._stage, self._done = stage, 0
+            self._display = Progress(total=total, desc=desc, unit=unit)
+        assert self._display is not None
+        self._display.update(done - self._done)
+        self._done = done
+
+    def close(self) -> None:
+        if self._display is not None:
+            self._display.close()
+        self._stage, self._display = "", None
+
+    def __enter__(self) -> "StageProgress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

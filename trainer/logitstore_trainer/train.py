@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-DTYPES = ("auto", "bf16", "fp32")
+from logitstore_trainer.dtypes import long_name
+
+DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TAILS = ("bucket", "uniform", "renormalised", "dropped", "dense", "sampled")
 EXAMPLES = """examples:
@@ -27,8 +29,8 @@ class TrainConfig:
     student: see `build_student`. data: one store or several of one teacher. eval_data, or eval_fraction in (0, 1) of
     the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
     lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
-    cosine to zero. A step takes batch_size * grad_accum samples per process. save_every, eval_every: steps between, 0
-    for only at the end.
+    cosine to zero. A step takes batch_size * grad_accum samples per process. dtype: bf16 and fp32 stand for the long
+    names. save_every, eval_every: steps between, 0 for only at the end.
     """
 
     student: str
@@ -54,6 +56,9 @@ class TrainConfig:
     workers: int = 0
     report_to: str = "none"
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", long_name(self.dtype))
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -126,7 +131,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--grad-accum", "forward passes per optimizer step (default 1)", type=int)
     option("--lr", "peak learning rate (default 1e-3 from scratch, 5e-5 for a loaded student)", type=float)
     option("--warmup", "warm-up steps if at least 1, else share of all steps (default 0.05); then cosine", type=float)
-    option("--dtype", "bf16 (autocast) or fp32; auto is bf16 on a CUDA device that has it", choices=DTYPES)
+    option(
+        "--dtype", "bfloat16 (autocast) or float32; auto is bfloat16 on a CUDA device that has it", type=long_name,
+        choices=DTYPES,
+    )  # fmt: skip
     option("--device", "where to train (default: the best there is)", choices=DEVICES)
     option("--seed", "of the weights, the order of the data and dropout (default 0)", type=int)
     option("--save-every", "steps between checkpoints, 0 for none (default 500)", type=int)
@@ -148,10 +156,12 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(metrics: dict[str, Any], out: str) -> str:
     """A few lines for the terminal about a finished run."""
+    temperature = metrics["config"]["temperature"]
     lines = [
         f"{metrics['steps']:,} steps of {metrics['n_parameters']:,} parameters in {metrics['wall_s']:.0f} s, "
         f"{metrics['tokens_per_s']:,.0f} tokens/s",
-        f"training: loss {metrics['loss']:.4f}, KL {metrics['kl']:.4f}, cross-entropy {metrics['ce']:.4f} nats/token",
+        f"training, last logged: loss {metrics['loss']:.4f}, KL at T = {temperature:g} (without its factor T^2) "
+        f"{metrics['kl']:.4f}, cross-entropy {metrics['ce']:.4f} nats/token",
     ]
     if "held_out" in metrics:
         held_out = metrics["held_out"]

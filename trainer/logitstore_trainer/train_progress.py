@@ -39,8 +39,9 @@ class ReportProgress(TrainerCallback):
         self._last_line_s = now_s
         rate = self._trainer.n_local_tokens_seen() / max(now_s - self._start_s, 1e-9)
         line = (
-            f"step {state.global_step:,}/{state.max_steps:,}: loss {logs['loss']:.4f}, kl {logs['kl']:.4f}, "
-            f"ce {logs['ce']:.4f}, lr {logs['learning_rate']:.2e}, {rate:,.0f} tokens/s"
+            f"step {state.global_step:,}/{state.max_steps:,}: loss {logs['loss']:.4f}, "
+            f"KL at T = {self._trainer.temperature:g} {logs['kl']:.4f}, cross-entropy {logs['ce']:.4f}, "
+            f"lr {logs['learning_rate']:.2e}, {rate:,.0f} tokens/s"
         )
         tqdm.write(line, file=sys.stderr)
 

@@ -216,8 +216,8 @@ def _reporters(report_to: str) -> list[TrainerCallback]:
 
 def _check_device(config: TrainConfig) -> None:
     available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if config.dtype == "bf16" and config.device == "auto" and not torch.cuda.is_available():
-        raise ValueError("--dtype bf16 without a GPU: say --device cpu if you mean it (most CPUs are slower in bf16)")
+    if config.dtype == "bfloat16" and config.device == "auto" and not torch.cuda.is_available():
+        raise ValueError("--dtype bfloat16 without a GPU: say --device cpu if you mean it (most CPUs are slower in it)")
     if not available[config.device]:
         raise ValueError(f"--device {config.device}: this PyTorch sees no such device here; use --device cpu or auto")
 
@@ -226,4 +226,4 @@ def _use_bf16(config: TrainConfig) -> bool:
     # On a CPU without bf16 units autocast is several times slower than float32, so auto means CUDA only.
     if config.dtype == "auto":
         return config.device in ("auto", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return config.dtype == "bf16"
+    return config.dtype == "bfloat16"

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from logitstore_trainer.bench.devices import pick_device, synchronizer
+from logitstore_trainer.bench.devices import synchronizer
 from logitstore_trainer.bench.environment import environment, environment_rows, output_folder, write_json
 from logitstore_trainer.bench.loss_candidates import (
     ALPHA,
@@ -33,6 +33,7 @@ from logitstore_trainer.bench.loss_candidates import (
 )
 from logitstore_trainer.bench.memory import peak_extra_bytes
 from logitstore_trainer.bench.timing import Times, interleaved_times
+from logitstore_trainer.devices import choose_device
 from logitstore_trainer.progress import Progress
 from logitstore_trainer.report import Paragraph, Plot, Section, Table, bar_plot, format_table, write_report
 
@@ -56,13 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for results.json and report.html")
-    parser.add_argument("--device", help="device to measure (default: cuda, mps or cpu, the first there is)")
+    parser.add_argument(
+        "--device", default="auto", help="device to measure (default: cuda, mps or cpu, the first there is)"
+    )
     parser.add_argument("--quick", action="store_true", help="one small size and 5 calls of each")
 
 
 def run(args: argparse.Namespace) -> int:
     """Checks, measures, writes results.json, environment.json and report.html into args.out; 1 if a check fails."""
-    device = pick_device(args.device)
+    device = choose_device(args.device)
     out = output_folder(args.out)
     cases = QUICK_CASES if args.quick else GPU_CASES if device.type == "cuda" else CPU_CASES
     measured = measure(cases, device, repeats=5 if args.quick else 10)

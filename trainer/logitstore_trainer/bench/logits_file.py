@@ -42,8 +42,10 @@ class LogitsFile:
             raise FileNotFoundError(f"{self.path}: no such file; it should be a .safetensors file of teacher logits")
         try:
             self._file = safe_open(str(self.path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{self.path}: not a readable safetensors file ({error})") from None
+        except (SafetensorError, OSError):
+            raise FormatError(
+                f"{self.path}: not a safetensors file, or cut short; {_EXPECTED}, as safetensors' save_file writes it"
+            ) from None
         self._check_names()
         lengths = self._integers("sample_lengths")
         self._input_ids = self._integers("input_ids")

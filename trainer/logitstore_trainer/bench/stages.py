@@ -48,12 +48,14 @@ class Stages:
         import torch
 
         from logitstore_trainer.collator import collate
-        from logitstore_trainer.decoder import TeacherDecoder
+        from logitstore_trainer.decoder import TeacherDecoder, default_tail
         from logitstore_trainer.student import build_student
 
         self.store, self.device, self._collate = store, device, collate
         self.student = build_student(student, store).model.to(device).train()
         self.decoder = TeacherDecoder(store).to(device)
+        self.tail = default_tail(self.decoder)
+        self.temperature = 1.0 if self.tail == "sampled" else TEMPERATURE
         self.prepared = [self._prepare(indices) for indices in batches]
         n_rows = max(one.tensors["input_ids"].numel() for one in self.prepared)
         generator = torch.Generator().manual_seed(0)
@@ -115,10 +117,9 @@ class Stages:
         from logitstore_kernels import distillation_loss
 
         from logitstore_trainer.collator import next_token_labels
-        from logitstore_trainer.decoder import default_tail
 
         labels_N = next_token_labels(tensors["labels"])
-        tail = default_tail(self.decoder)
-        temperature = 1.0 if tail == "sampled" else TEMPERATURE
         teacher = self.decoder(tensors)
-        return distillation_loss(logits_NV, teacher, labels_N, temperature=temperature, alpha=ALPHA, tail=tail)
+        return distillation_loss(
+            logits_NV, teacher, labels_N, temperature=self.temperature, alpha=ALPHA, tail=self.tail
+        )

@@ -15,7 +15,7 @@ from typing import Any
 import logitstore
 from logitstore.errors import SpecMismatchError
 from logitstore.fit_codec import fitted_on_rows
-from logitstore_trainer.bench.budgets import LEAST_ROWS, FittedSample, fitted_sample, planned_codecs
+from logitstore_trainer.bench.budgets import LEAST_ROWS, planned_codecs, prepared
 from logitstore_trainer.bench.candidates import Candidate, StoreCandidate
 from logitstore_trainer.bench.environment import environment, output_folder, write_json
 from logitstore_trainer.bench.full_vocabulary_rivals import HeadDirections, head_directions
@@ -24,6 +24,7 @@ from logitstore_trainer.bench.measure import Kind, measure, within_row_limit
 from logitstore_trainer.bench.rivals import rivals
 from logitstore_trainer.bench.storage_report import result_table, write_storage_report
 from logitstore_trainer.bench.synthetic_logits import SEED, write_synthetic_logits
+from logitstore_trainer.plan.plan import Prepared
 from logitstore_trainer.report import format_table
 
 
@@ -167,7 +168,7 @@ def _kinds(
     return kinds
 
 
-def _sample(args: argparse.Namespace, split: "Split", notes: list[str]) -> FittedSample | None:
+def _sample(args: argparse.Namespace, split: "Split", notes: list[str]) -> Prepared | None:
     """What budgets are planned on; None, and a note, where there is nothing to plan on."""
     if not args.budgets:
         return None
@@ -176,12 +177,10 @@ def _sample(args: argparse.Namespace, split: "Split", notes: list[str]) -> Fitte
         why = "made-up logits have no tail to learn" if args.logits is None else f"there are {rows:,} rows to fit on"
         notes.append(f"No codec was planned for a budget: {why}; it takes {LEAST_ROWS:,} rows of a teacher.")
         return None
-    return fitted_sample(split.fitting_file, split.fitting, quick=args.quick)
+    return prepared(split.fitting_file, split.fitting, quick=args.quick)
 
 
-def _candidates(
-    args: argparse.Namespace, split: "Split", sample: FittedSample | None, notes: list[str]
-) -> list[Candidate]:
+def _candidates(args: argparse.Namespace, split: "Split", sample: Prepared | None, notes: list[str]) -> list[Candidate]:
     vocab_size = split.fitting_file.vocab_size
     presets = QUICK_PRESETS if args.quick else PRESETS
     made: list[Candidate] = list(codec_candidates(vocab_size, presets, split, sample))
@@ -236,7 +235,7 @@ def _of_another_teacher(file: LogitsFile, first: LogitsFile) -> SpecMismatchErro
 
 
 def codec_candidates(
-    vocab_size: int, presets: Sequence[Preset], split: Split, sample: FittedSample | None = None
+    vocab_size: int, presets: Sequence[Preset], split: Split, sample: Prepared | None = None
 ) -> Iterator[StoreCandidate]:
     """The presets whose k fits the vocabulary, those that want it fitted: on the sample, else the fitting samples."""
     logits = _LogitsOf(split.fitting_file, split.fitting)

@@ -15,10 +15,11 @@ from typing import Any
 
 import logitstore
 from logitstore import LogitStore
-from logitstore_trainer.bench.devices import pick_device, synchronizer
+from logitstore_trainer.bench.devices import synchronizer
 from logitstore_trainer.bench.environment import environment, environment_rows, output_folder, write_json
-from logitstore_trainer.bench.stages import ALPHA, BYTES_COUNTED, TEMPERATURE, Stages
+from logitstore_trainer.bench.stages import ALPHA, BYTES_COUNTED, Stages
 from logitstore_trainer.bench.timing import Times, interleaved_times
+from logitstore_trainer.devices import choose_device
 from logitstore_trainer.progress import Progress
 from logitstore_trainer.report import Paragraph, Plot, Section, Table, bar_plot, cell_text, format_table, write_report
 
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="student of the step: a model, a size such as 20M, or a shape (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=4, metavar="B", help="samples a batch (default: %(default)s)")
-    parser.add_argument("--device", help="device of loss and step (default: cuda, mps or cpu, the first there is)")
+    parser.add_argument(
+        "--device", default="auto", help="device of loss and step (default: cuda, mps or cpu, the first there is)"
+    )
     parser.add_argument("--quick", action="store_true", help="3 calls of each stage in place of 10")
 
 
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.path} holds no samples; there is nothing to measure")
     out = output_folder(args.out)
     batches = _sample_batches(store, args.batch_size)
-    work = Stages(store, batches, args.student, pick_device(args.device))
+    work = Stages(store, batches, args.student, choose_device(args.device))
     repeats = 3 if args.quick else 10
     stages = work.stages()
     with Progress(total=len(stages) * (repeats + 1), desc="throughput", unit="calls") as display:
@@ -76,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         student=args.student,
         student_parameters=sum(parameter.numel() for parameter in work.student.parameters()),
         device=str(work.device),
-        temperature=TEMPERATURE,
+        temperature=work.temperature,
+        tail=work.tail,
         alpha=ALPHA,
         bottleneck=verdict,
     )

@@ -80,10 +80,7 @@ class ChunkedForward:
         consecutive kept rows, which may belong to several sequences. Result b has keep_masks[b].sum() rows, in the
         order of the sequence, in the type of tuple that `reduce` returns.
         """
-        kept_rows = [
-            np.arange(len(ids) - 1) if keep_mask is None else np.flatnonzero(keep_mask)
-            for ids, keep_mask in zip(sequences, keep_masks, strict=True)
-        ]
+        kept_rows = _kept_rows(sequences, keep_masks)
         with torch.inference_mode():
             # map, unlike a loop variable, does not keep a chunk alive while the next one is made
             parts = list(map(reduce, self._chunks(sequences, kept_rows)))
@@ -125,16 +122,29 @@ class ChunkedForward:
             for chunk in rows.split(self._rows_per_pass(len(ids))):
                 yield self.teacher.model(**inputs, logits_to_keep=chunk).logits[0]
 
+    def kept_hidden(
+        self, sequences: Sequence[np.ndarray], keep_masks: Sequence[np.ndarray | None]
+    ) -> list[torch.Tensor]:
+        """Returns what the head makes the logits of the kept rows from, [n, D] in the teacher's dtype on the CPU, of
+        each sequence. For the path "head" only; arguments as in reduced."""
+        assert self.how == "head"
+        kept_rows = _kept_rows(sequences, keep_masks)
+        with torch.inference_mode():
+            return list(self._hidden(sequences, kept_rows).cpu().split([len(rows) for rows in kept_rows]))
+
     def _head_chunks(self, sequences: Sequence[np.ndarray], kept_rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        length = max(len(ids) for ids in sequences)
+        head = self.teacher.model.get_output_embeddings()
+        for hidden_nD in self._hidden(sequences, kept_rows).split(self._rows_per_chunk(length)):
+            yield self.transform.apply_(head(hidden_nD))
+
+    def _hidden(self, sequences: Sequence[np.ndarray], kept_rows: list[np.ndarray]) -> torch.Tensor:
+        """Returns the hidden states [N, D] of the kept rows of all sequences."""
         model, device = self.teacher.model, self.teacher.device
         hidden_BLD = model.base_model(**_model_inputs(model.base_model, sequences, device)).last_hidden_state
         length = hidden_BLD.shape[1]
         index_N = np.concatenate([b * length + rows for b, rows in enumerate(kept_rows)])
-        hidden_ND = hidden_BLD.flatten(0, 1)[torch.from_numpy(index_N).to(device)]
-        del hidden_BLD
-        head = model.get_output_embeddings()
-        for hidden_nD in hidden_ND.split(self._rows_per_chunk(length)):
-            yield self.transform.apply_(head(hidden_nD))
+        return hidden_BLD.flatten(0, 1)[torch.from_numpy(index_N).to(device)]
 
     def _rows_per_chunk(self, length: int) -> int:
         row_bytes = 4 * self.teacher.info.head_width
@@ -168,6 +178,13 @@ def choose_forward(teacher: Teacher, first_ids: np.ndarray) -> ChunkedForward:
         if has_argument and _largest_error(found, ids, logits_LV) <= tolerance:
             return found
     return ChunkedForward(teacher, "whole", LogitTransform(), error, tolerance)
+
+
+def _kept_rows(sequences: Sequence[np.ndarray], keep_masks: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    return [
+        np.arange(len(ids) - 1) if keep_mask is None else np.flatnonzero(keep_mask)
+        for ids, keep_mask in zip(sequences, keep_masks, strict=True)
+    ]
 
 
 def _candidate_transforms(model: Any) -> list[LogitTransform]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from logitstore.writer import Acknowledged
 from logitstore_trainer.collect.prompts import Dataset
 from logitstore_trainer.collect.rows import Row
-from logitstore_trainer.collect.settings import CollectSettings
+from logitstore_trainer.collect.source_settings import SourceSettings
 from logitstore_trainer.collect.tokenise import Counts, TokenisedSample, Tokeniser
 
 # prompts as token ids, their rows in the data set, most new tokens -> completions as token ids
@@ -16,7 +16,7 @@ Complete = Callable[[Sequence[Sequence[int]], Sequence[int], int], list[list[int
 def remaining_samples(
     dataset: Dataset,
     tokeniser: Tokeniser,
-    settings: CollectSettings,
+    settings: SourceSettings,
     complete: Complete,
     *,
     done: Acknowledged,
@@ -32,14 +32,10 @@ def remaining_samples(
         return
     to_skip = done.n_of_last_row
     rows = dataset.rows(max(done.last_source_row, 0))
-    if settings.generate is None:
-        samples = tokeniser.samples(rows, counts)
-    else:
-        if to_skip:
-            next(rows)  # that prompt has its completion in the store
-            to_skip = 0
-        samples = _completed(rows, tokeniser, settings, complete, counts)
-    for sample in samples:
+    if settings.generate is not None and to_skip:
+        next(rows)  # that prompt has its completion in the store
+        to_skip = 0
+    for sample in samples_of_rows(rows, tokeniser, settings, complete, counts):
         if to_skip:
             to_skip -= 1
             continue
@@ -49,8 +45,17 @@ def remaining_samples(
             return
 
 
+def samples_of_rows(
+    rows: Iterator[Row], tokeniser: Tokeniser, settings: SourceSettings, complete: Complete, counts: Counts
+) -> Iterator[TokenisedSample]:
+    """The samples of these rows, in order; prompts alone are completed, a batch at a time. Mutates `counts`."""
+    if settings.generate is None:
+        return tokeniser.samples(rows, counts)
+    return _completed(rows, tokeniser, settings, complete, counts)
+
+
 def _completed(
-    rows: Iterator[Row], tokeniser: Tokeniser, settings: CollectSettings, complete: Complete, counts: Counts
+    rows: Iterator[Row], tokeniser: Tokeniser, settings: SourceSettings, complete: Complete, counts: Counts
 ) -> Iterator[TokenisedSample]:
     """Yields prompt rows with completions that the teacher writes, a batch at a time.
 

@@ -10,66 +10,80 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DEFAULT_MAX_LENGTH = 1024
-DEFAULT_BATCH_SIZE = 8
+from logitstore_trainer.collect.source_settings import (
+    DATASET_SHAPES,
+    SourceSettings,
+    add_running_arguments,
+    add_text_arguments,
+    require_positive,
+)
+from logitstore_trainer.plan.goal import Goal, add_goal_arguments, goal_from_arguments
 
-EPILOG = """\
-the data set, one shape a file (.jsonl, .parquet, or .txt with one document a line):
-  {"text": ...}                        documents; all tokens are learned, long ones are cut into windows
-  {"prompt": ..., "completion": ...}   the completion and its closing EOS are learned
-  {"messages": [{"role", "content"}]}  chat template; every assistant turn is learned, tool output is not
-  {"prompt": ...}                      with --generate N the teacher writes the completion
+AUTO = "auto"
+FITTED_HEADS = ("log", "sqrtp")
 
+EPILOG = f"""\
+{DATASET_SHAPES}
 examples:
   logitstore collect --teacher HuggingFaceTB/SmolLM2-135M-Instruct --dataset my_prompts.jsonl \\
       --generate 256 --out teacher_logits.parquet
+  logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet --codec auto --max-kl 0.2
   logitstore collect --teacher ./llama --dataset chats.jsonl --out logits.parquet --codec topk --set k=32 --set head=fp8
+  logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet \\
+      --set head=log --set min_prob=0.01 --set tail=predicted
   logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet --codec varopt --set k=16
   logitstore collect --teacher model.Q4_1.gguf --dataset docs.parquet --out logits.parquet --max-tokens 1000000
 
-Interrupted, the same command continues where it stopped; finished, it says so and does nothing.
+--codec auto, head=log, head=sqrtp and tail=predicted are fitted first, to rows spread over the data set; the tables lie
+beside the store in x.parquet.tables/. Interrupted, the same command continues where it stopped; finished, it says so
+and does nothing.
 """
 
 
-@dataclass(frozen=True)
-class CollectSettings:
+@dataclass(frozen=True, kw_only=True)
+class CollectSettings(SourceSettings):
     """codec_options: the codec's options beside vocab_size. tables: a folder that codec.save wrote, or a store, whose
-    fitted codec is used instead. max_length: tokens of a sample. max_tokens: stop after the
-    sample that reaches it. generate: most new tokens of a completion that the teacher writes. keep_prompt: store the
-    rows of tokens that are not learned, too."""
+    fitted codec is used instead. goal: what `codec` "auto" is chosen for; without tokens, those of this collection.
+    plan_rows: rows that a codec is fitted and measured on, None for a share of the data set. use_cache: whether fitted
+    tail models are kept in, and taken from, the user's cache folder."""
 
-    teacher: str
-    dataset: Path
     out: Path
     codec: str = "topk"
     codec_options: Mapping[str, Any] = field(default_factory=dict)
     tables: Path | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    batch_size: int = DEFAULT_BATCH_SIZE
-    max_length: int | None = None
-    max_tokens: int | None = None
-    generate: int | None = None
-    generate_temperature: float = 0.0
-    seed: int = 0
-    keep_prompt: bool = False
-    trust_remote_code: bool = False
+    goal: Goal | None = None
+    plan_rows: int | None = None
+    use_cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "max_tokens", "generate"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if not 0 <= self.generate_temperature < float("inf"):
-            raise ValueError(f"--generate-temperature must be 0 or above, got {self.generate_temperature}")
+        super().__post_init__()
+        require_positive("plan_rows", self.plan_rows)
+        if self.out.suffix not in ("", ".parquet"):
+            raise ValueError(
+                f"--out {self.out} ends in {self.out.suffix!r}, expected .parquet or no ending: a store is Parquet; "
+                f"for example {self.out.with_suffix('.parquet')}"
+            )
         if self.tables is not None and (self.codec_options or self.codec != "topk"):
             raise ValueError("--tables names a codec with all its options; leave out --codec and --set")
-        if self.codec_options.get("tail") == "predicted":
-            raise ValueError("a predicted tail is fitted first: logitstore plan --out DIR, then collect --tables DIR")
+        if self.codec == AUTO and self.goal is None:
+            raise ValueError("--codec auto needs a goal: --max-kl NATS or --max-bytes-per-token B")
+        if self.codec != AUTO and self.goal is not None:
+            raise ValueError("--max-kl and --max-bytes-per-token are for --codec auto; add it, or leave them out")
+        if self.codec == AUTO and self.codec_options:
+            raise ValueError("--codec auto chooses all options; leave out --set, or name the codec")
+        if self.plan_rows is not None and not self.is_to_fit:
+            raise ValueError("--plan-rows is for codecs that are fitted first: --codec auto, head=log, tail=predicted")
         for name in {"name", "vocab_size"} & set(self.codec_options):
             raise ValueError(
                 f"--set {name} is not an option: the codec is named by --codec, its vocabulary is the teacher's"
             )
+
+    @property
+    def is_to_fit(self) -> bool:
+        """Whether the codec is fitted to a sample of the data set before anything is collected."""
+        options = self.codec_options
+        needs_tables = options.get("tail") == "predicted" or options.get("head") in FITTED_HEADS
+        return self.tables is None and (self.codec == AUTO or (self.codec == "topk" and needs_tables))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,40 +94,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required.add_argument("--dataset", required=True, type=Path, metavar="F", help="a .jsonl, .parquet or .txt file")
     required.add_argument("--out", required=True, type=Path, metavar="x.parquet", help="the store to write")
     stored = parser.add_argument_group("what is stored")
-    stored.add_argument("--codec", default="topk", help="topk (default); varopt or rskd: samples, for T = 1")
+    stored.add_argument(
+        "--codec", default="topk", help="topk (default); auto: chosen for a goal; varopt or rskd: samples, for T = 1"
+    )
     stored.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
-        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, head_step=0.5, min_prob=0.01, top_p=0.98 "
-        "(topk), max_weight=0.03 (varopt), draws=50 (rskd), seed=0 (varopt, rskd); may be repeated",
+        help="an option of the codec: k=64, head=int8|fp8|fp16|log|sqrtp, head_step=0.5, min_prob=0.01, top_p=0.98, "
+        "tail=predicted, tail_step=0.13 (topk), max_weight=0.03 (varopt), draws=50 (rskd), seed=0 (varopt, rskd); may "
+        "be repeated",
     )  # fmt: skip
     stored.add_argument(
         "--tables", type=Path, metavar="DIR", help="a fitted codec: a folder that codec.save wrote, or another store"
     )
-    stored.add_argument("--keep-prompt", action="store_true", help="store rows of tokens that are not learned, too")
-    stored.add_argument(
-        "--max-length", type=int, metavar="L",
-        help=f"most tokens of a sample (default: the teacher's limit, {DEFAULT_MAX_LENGTH} at most)",
+    add_text_arguments(stored)
+    fitting = parser.add_argument_group("what a codec is fitted on, and --codec auto is chosen for")
+    add_goal_arguments(fitting, required=False, tokens="those of this collection")
+    add_fitting_arguments(fitting)
+    add_running_arguments(parser.add_argument_group("how the teacher runs"))
+
+
+def add_fitting_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds how many rows a codec is fitted on, and whether its tail model may come from the cache."""
+    group.add_argument(
+        "--plan-rows", type=int, metavar="N",
+        help="rows of the data set to fit and measure on (default: a twentieth, 4,000 at least, 50,000 at most)",
     )  # fmt: skip
-    stored.add_argument("--max-tokens", type=int, metavar="N", help="stop after about N tokens")
-    stored.add_argument("--generate", type=int, metavar="N", help="the teacher completes prompts, N new tokens at most")
-    stored.add_argument(
-        "--generate-temperature", type=float, default=0.0, metavar="T", help="0: greedy (default); else sampled at T"
-    )
-    stored.add_argument("--seed", type=int, default=0, help="seed of sampled completions (default: 0)")
-    running = parser.add_argument_group("how the teacher runs")
-    running.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
-    running.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    running.add_argument(
-        "--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="B",
-        help=f"sequences at a time (default: {DEFAULT_BATCH_SIZE})",
-    )  # fmt: skip
-    running.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument("--no-cache", action="store_false", dest="use_cache", help="fit anew, and keep nothing of it")
 
 
 def settings_from_arguments(args: argparse.Namespace) -> CollectSettings:
     """The settings that parsed arguments stand for. Raises ValueError for a malformed --set."""
     values = {name: value for name, value in vars(args).items() if name in CollectSettings.__dataclass_fields__}
-    return CollectSettings(**values, codec_options=parsed_options(args.options))
+    return CollectSettings(**values, codec_options=parsed_options(args.options), goal=goal_from_arguments(args))
 
 
 def parsed_options(options: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from logitstore_trainer.collect.prompts import Dataset
 from logitstore_trainer.collect.rows import Row
-from logitstore_trainer.collect.settings import CollectSettings
+from logitstore_trainer.collect.source_settings import SourceSettings
 from logitstore_trainer.collect.tokenise import Counts, Tokeniser
 from logitstore_trainer.progress import progress
 
@@ -24,23 +24,23 @@ SHARD_BYTES = 384 << 20
 
 @dataclass(frozen=True)
 class PlannedSize:
-    """Estimates, exact where `is_exact`: samples, tokens, rows to store, and bytes before any compression."""
+    """Estimates, exact where `is_exact`: rows of the data set that are read, samples, tokens, rows to store."""
 
+    n_dataset_rows: int
     n_samples: int
     n_tokens: int
     n_stored_rows: int
-    raw_bytes: int
     is_exact: bool
 
-    @property
-    def shard_samples(self) -> int | None:
-        """Samples a shard, None where one file holds everything."""
-        if self.raw_bytes <= SHARD_BYTES:
+    def shard_samples(self, bytes_a_row: int) -> int | None:
+        """Samples a shard, None where one file holds everything. bytes_a_row: of a stored row before compression."""
+        raw_bytes = self.n_stored_rows * bytes_a_row + self.n_tokens * 5 + self.n_samples * 100
+        if raw_bytes <= SHARD_BYTES:
             return None
-        return math.ceil(self.n_samples / math.ceil(self.raw_bytes / SHARD_BYTES))
+        return math.ceil(self.n_samples / math.ceil(raw_bytes / SHARD_BYTES))
 
 
-def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettings, *, bytes_a_row: int) -> PlannedSize:
+def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: SourceSettings) -> PlannedSize:
     """The size of this collection. Raises ValueError where no row gives a sample."""
     counts = Counts()
     n_prompts = 0
@@ -64,10 +64,10 @@ def planned_size(dataset: Dataset, tokeniser: Tokeniser, settings: CollectSettin
         scale = min(scale, settings.max_tokens / counts.tokens)
     stored_rows = counts.tokens - counts.samples if settings.keep_prompt else counts.learned_tokens
     return PlannedSize(
+        n_dataset_rows=min(dataset.n_rows, math.ceil(n_counted * scale)),
         n_samples=math.ceil(counts.samples * scale),
         n_tokens=round(counts.tokens * scale),
         n_stored_rows=round(stored_rows * scale),
-        raw_bytes=round(scale * (stored_rows * bytes_a_row + counts.tokens * 5 + counts.samples * 100)),
         is_exact=n_counted == dataset.n_rows and settings.generate is None and settings.max_tokens is None,
     )
 

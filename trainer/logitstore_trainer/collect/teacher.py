@@ -23,9 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from logitstore_trainer.collect.teacher_source import TeacherSource, fingerprint, locate_teacher
+from logitstore_trainer.devices import choose_device
+from logitstore_trainer.dtypes import long_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # what transformers, safetensors and torch raise for a folder that is not a whole model
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError)
 
@@ -196,27 +197,9 @@ def _bars_on_terminals_only(source: TeacherSource) -> Iterator[None]:
         gguf_reader.tqdm = shown
 
 
-def choose_device(device: str) -> torch.device:
-    """Returns the device asked for; "auto" is CUDA, else MPS, else the CPU. Raises ValueError if it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch_device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device is {device!r}, expected auto, cpu, cuda, cuda:N or mps") from None
-    is_there = {
-        "cuda": torch.cuda.is_available() and (torch_device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if not is_there.get(torch_device.type, False):
-        raise ValueError(f"--device is {device!r}, which this machine does not have; use --device auto")
-    return torch_device
-
-
 def choose_dtype(dtype: str, device: torch.device, saved_dtype: torch.dtype | None = None) -> str:
     """Returns "float32", "bfloat16" or "float16"; see the head of this file for "auto"."""
-    dtype = _SHORT_DTYPES.get(dtype, dtype)
+    dtype = long_name(dtype)
     if dtype in DTYPES:
         return dtype
     if dtype != "auto":

@@ -133,7 +133,7 @@ def _train_student(
             steps=settings.steps,
             batch_size=settings.batch_size,
             lr=settings.lr,
-            dtype="fp32",
+            dtype="float32",
             device="cpu",
             seed=settings.seed,
             save_every=0,

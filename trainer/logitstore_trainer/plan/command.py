@@ -1,44 +1,120 @@
-"""`logitstore plan`: its command-line arguments. Nothing heavy is imported here, so that --help answers at once."""
+"""`logitstore plan`: its command line. Nothing heavy is imported before it runs, so that --help answers at once."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-EPILOG = """\
-Fits what has to be fitted on four fifths of the samples, measures every configuration on the last fifth, prints what
+from logitstore_trainer.collect.settings import add_fitting_arguments
+from logitstore_trainer.collect.source_settings import (
+    DATASET_SHAPES,
+    SourceSettings,
+    add_running_arguments,
+    add_text_arguments,
+    require_positive,
+)
+from logitstore_trainer.plan.goal import add_goal_arguments, goal_from_arguments
+
+if TYPE_CHECKING:
+    from logitstore_trainer.plan.sample import PlanSample
+
+EPILOG = f"""\
+Fits what has to be fitted on four fifths of the sample, measures every configuration on the last fifth, prints what
 each costs and loses, and recommends one for the goal. With --out it leaves the fitted codec for `collect --tables`.
+The sample is either rows of --dataset, spread over it, that --teacher reads, or a file of logits.
 
 examples:
-  logitstore plan --logits sample.safetensors --max-bytes-per-token 24 --out plan-24
-  logitstore plan --logits sample.safetensors --max-kl 0.2 --temperature 2 --tokens 1e9 --out plan
-  logitstore collect --teacher M --dataset F --out teacher_logits.parquet --tables plan-24
+  logitstore plan --teacher M --dataset my_prompts.jsonl --max-kl 0.2 --out plan
+  logitstore plan --logits sample.safetensors --max-bytes-per-token 24 --tokens 1e9 --out plan-24
+  logitstore collect --teacher M --dataset my_prompts.jsonl --out teacher_logits.parquet --tables plan-24
 
+{DATASET_SHAPES}
 FILE.safetensors holds input_ids [N] and sample_lengths [S] (integers) and either logits [N, V] or hidden [N, D] with
 lm_head [V, D], float16, bfloat16 or float32. 50,000 to 200,000 rows of the text that will be stored are a good sample.
+
+A fitted tail model is kept in $LOGITSTORE_CACHE (else $XDG_CACHE_HOME/logitstore or ~/.cache/logitstore) and found
+again for the same rows. Exit code 1: no configuration reaches the goal.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `logitstore plan`."""
     parser.epilog = EPILOG
-    parser.add_argument("--logits", required=True, type=Path, metavar="FILE", help="a sample of the teacher's logits")
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--max-bytes-per-token", type=float, metavar="B", help="the least KL in at most B bytes a token")
-    goal.add_argument("--max-kl", type=float, metavar="NATS", help="the fewest bytes at a KL of at most this")
-    parser.add_argument(
-        "--temperature", type=float, metavar="T",
-        help="at which KL counts (default: T = 1 and T = 2 together; with --max-kl T = 1)",
-    )  # fmt: skip
-    parser.add_argument("--tokens", type=float, default=1e9, metavar="N", help="that will be stored (default: 1e9)")
-    parser.add_argument("--rows", type=int, default=1020, metavar="N", help="to measure on (default: 1,020)")
-    parser.add_argument("--seed", type=int, default=0, help="of the fit (default: 0)")
-    parser.add_argument(
+    sampled = parser.add_argument_group("the sample: a teacher and its prompts, or a file")
+    sampled.add_argument("--teacher", metavar="M", help="a model: hub name, folder, or .gguf file")
+    sampled.add_argument("--dataset", type=Path, metavar="F", help="a .jsonl, .parquet or .txt file")
+    sampled.add_argument("--logits", type=Path, metavar="FILE", help="a sample of the teacher's logits")
+    goal = parser.add_argument_group("the goal")
+    add_goal_arguments(goal, required=True, tokens="1e9")
+    fitting = parser.add_argument_group("how it is fitted and measured")
+    add_fitting_arguments(fitting)
+    fitting.add_argument("--rows", type=int, default=1020, metavar="N", help="to measure on (default: 1,020)")
+    fitting.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the fitted codec, plan.json and report.html"
     )
+    add_text_arguments(parser.add_argument_group("which text, as in `logitstore collect`"))
+    add_running_arguments(parser.add_argument_group("how the teacher runs"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plans and prints; returns the exit code: 1 where no configuration reaches the goal."""
-    from logitstore_trainer.plan.plan import Goal, plan
+    """Plans, prints and, where there is a folder, writes; returns the exit code: 1 where nothing reaches the goal."""
+    goal = goal_from_arguments(args)
+    assert goal is not None
+    require_positive("rows", args.rows)
+    require_positive("plan_rows", args.plan_rows)
+    _require_one_sample(args)
+    from logitstore.fit_cache import FitCache, default_cache_folder
+    from logitstore_trainer.bench.environment import environment, output_folder, write_json
+    from logitstore_trainer.plan.page import plan_table, recommendation_lines, write_page
+    from logitstore_trainer.plan.plan import make_plan
+    from logitstore_trainer.report import format_table
 
-    goal = Goal(args.max_bytes_per_token, args.max_kl, args.temperature, args.tokens)
-    return plan(args.logits, goal, n_rows=args.rows, seed=args.seed, out=args.out)
+    folder = output_folder(args.out) if args.out is not None else None
+    cache = FitCache(default_cache_folder(), print) if args.use_cache else None
+    sample = _sample(args)
+    planned = make_plan(sample, goal, n_rows=args.rows, seed=args.seed, cache=cache)
+    print(format_table(*plan_table(planned.results, goal)))
+    print("\n".join(recommendation_lines(planned, goal)))
+    if folder is not None:
+        facts = environment(
+            sample=sample.name,
+            rows_fitted=planned.rows_fitted,
+            rows_measured=planned.rows_measured,
+            seconds=planned.seconds,
+        )
+        shown = {"goal": vars(goal), "results": planned.results, "chosen": planned.chosen, "facts": facts}
+        write_json(folder / "plan.json", shown)
+        report = write_page(folder / "report.html", planned, goal, facts)
+        if planned.codec is not None:
+            planned.codec.save(folder)
+            print(f"use it: logitstore collect ... --tables {folder}")
+        print(f"report: {report}")
+    return 0 if planned.codec is not None else 1
+
+
+def _require_one_sample(args: argparse.Namespace) -> None:
+    if args.logits is None and (args.teacher is None or args.dataset is None):
+        raise ValueError("plan needs a sample: --teacher M with --dataset F, or --logits FILE")
+    if args.logits is not None and (args.teacher is not None or args.dataset is not None):
+        raise ValueError("--logits is a sample already; leave out --teacher and --dataset")
+    if args.logits is not None and args.plan_rows is not None:
+        raise ValueError("--plan-rows is for --teacher with --dataset; of --logits every row is used")
+
+
+def _sample(args: argparse.Namespace) -> "PlanSample":
+    if args.logits is not None:
+        from logitstore_trainer.plan.sample import FileSample
+
+        return FileSample(args.logits)
+    values = {name: value for name, value in vars(args).items() if name in SourceSettings.__dataclass_fields__}
+    settings = SourceSettings(**values)
+    from logitstore_trainer.collect.size import planned_size
+    from logitstore_trainer.collect.source import open_source
+    from logitstore_trainer.collect.teacher_sample import default_rows, draw_sample
+
+    source = open_source(settings, print)
+    if note := source.info.widths_note():
+        print(note)
+    size = planned_size(source.dataset, source.tokeniser, settings)
+    sample = draw_sample(source, size, args.plan_rows or default_rows(size))
+    print(f"sample: {int(sample.row_counts.sum()):,} rows of {len(sample.texts):,} texts spread over {sample.name}")
+    return sample

@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitstore_trainer.bench.environment import environment_rows
+from logitstore_trainer.plan.goal import DEFAULT_TOKENS
 from logitstore_trainer.report import Paragraph, Plot, Section, Series, Table, line_plot, write_report
+from logitstore_trainer.units import bytes_text
 
 if TYPE_CHECKING:
-    from logitstore_trainer.plan.plan import Goal
+    from logitstore_trainer.plan.goal import Goal
+    from logitstore_trainer.plan.plan import Planned
 
+FEW_ROWS_FITTED = 10_000
+PRECISION = 0.1
 _MEANING = (
     "bytes/token: blobs, everything counted, on rows that no fit has seen; tables: stored once beside the data. "
     "KL(teacher || what is read back) in nats, one standard error over samples behind it. *: on the frontier."
@@ -31,7 +36,7 @@ def plan_table(results: Sequence[dict[str, Any]], goal: "Goal") -> tuple[list[st
     rows = []
     for row in sorted(results, key=lambda row: row["bytes_per_token"]):
         kls = [f"{row['kl'][name]:.4f}" + _error(row["kl_se"][name]) for name in names]
-        size = f"{row['bytes_per_token']:.1f}"
+        size = f"{row['bytes_per_token']:.1f}" + _error(row["bytes_per_token_se"])
         star = "*" if row["frontier"] else ""
         tables = f"{row['table_bytes'] / 1e6:.1f}"
         rows.append([star, configuration_text(row["config"]), size, tables, f"{row['entries']:.1f}", *kls])
@@ -39,59 +44,89 @@ def plan_table(results: Sequence[dict[str, Any]], goal: "Goal") -> tuple[list[st
 
 
 def _error(standard_error: float | None) -> str:
-    return "" if standard_error is None else f" +-{standard_error:.2g}"
+    return "" if standard_error is None else f" +- {standard_error:.2g}"
 
 
-def recommendation_text(
-    results: Sequence[dict[str, Any]], best: dict[str, Any] | None, goal: "Goal", folder: Path | None
-) -> str:
-    """What to take, what it costs for the goal's number of tokens, and where a codec without tables wins."""
-    wanted = f"at most {goal.max_bytes_per_token} bytes a token"
-    if goal.max_kl is not None:
-        wanted = f"a KL of at most {goal.max_kl} nats at T = {goal.temperature or 1:g}"
+def choice_text(planned: "Planned", goal: "Goal") -> str:
+    """The chosen configuration in one line, with its size and loss; where there is none, the nearest."""
+    best = planned.chosen
     if best is None:
-        nearest = min(results, key=goal.loss if goal.max_kl is not None else lambda row: row["bytes_per_token"])
-        return (
-            f"No configuration reaches {wanted}. The nearest: {configuration_text(nearest['config'])}, "
-            f"{nearest['bytes_per_token']:.1f} bytes a token, KL {nearest['kl']['1']:.4f} (T = 1), "
-            f"{nearest['kl']['2']:.4f} (T = 2)."
-        )
-    size = best["bytes_per_token"] * goal.tokens + best["table_bytes"]
-    lines = [
-        f"For {wanted}: {configuration_text(best['config'])}; {best['bytes_per_token']:.1f} bytes a token, "
-        f"KL {best['kl']['1']:.4f} at T = 1 and {best['kl']['2']:.4f} at T = 2.",
-        f"{goal.tokens:,.0f} tokens take {_size(size)}, of which {_size(best['table_bytes'])} are tables "
-        "(token ids of the text and Parquet's own bytes apart: some 4 bytes a token).",
-    ]
-    rivals = [row for row in results if not row["table_bytes"] and goal.chosen([row])]
-    if best["table_bytes"] and rivals:
-        rival = min(rivals, key=lambda row: row["bytes_per_token"])
-        saved = rival["bytes_per_token"] - best["bytes_per_token"]
-        if saved > 0:
-            lines.append(
-                f"Below {best['table_bytes'] / saved:,.0f} tokens {configuration_text(rival['config'])} "
-                f"({rival['bytes_per_token']:.1f} bytes a token, no tables) takes less."
+        nearest = min(planned.results, key=goal.loss if goal.max_kl is not None else _bytes_per_token)
+        return f"no configuration reaches {_wanted(goal)}; the nearest: {_measured_text(nearest, goal)}"
+    tables = f", of which {bytes_text(best['table_bytes'])} are tables" if best["table_bytes"] else ""
+    tokens = goal.tokens or DEFAULT_TOKENS
+    size = f"{tokens:,.0f} tokens take {bytes_text(goal.total_bytes(best))}{tables}"
+    return f"{_measured_text(best, goal)}; {size}"
+
+
+def recommendation_lines(planned: "Planned", goal: "Goal") -> list[str]:
+    """What to take, what it costs for the goal's number of tokens, where a codec without tables wins, and how far the
+    numbers can be trusted."""
+    text, best = choice_text(planned, goal), planned.chosen
+    lines = [text[0].upper() + text[1:] + "." if best is None else f"For {_wanted(goal)}: {text}."]
+    if best is not None:
+        lines.append("The token ids of the text and Parquet's own bytes come on top: some 4 bytes a token.")
+        rivals = [row for row in planned.results if not row["table_bytes"] and goal.chosen([row])]
+        if best["table_bytes"] and rivals:
+            rival = min(rivals, key=_bytes_per_token)
+            saved = rival["bytes_per_token"] - best["bytes_per_token"]
+            if saved > 0:
+                lines.append(
+                    f"Below {best['table_bytes'] / saved:,.0f} tokens {configuration_text(rival['config'])} "
+                    f"({rival['bytes_per_token']:.1f} bytes a token, no tables) takes less."
+                )
+    return [*lines, *(f"Warning: {warning}." for warning in warnings_of(planned, goal))]
+
+
+def warnings_of(planned: "Planned", goal: "Goal") -> list[str]:
+    """Why the numbers of the chosen configuration should be taken with care; one line each, none where they need not.
+
+    A tail model fitted to fewer rows than FEW_ROWS_FITTED is worse than the same teacher allows; a KL whose standard
+    error is above PRECISION of it may lie on the other side of the goal.
+    """
+    found = []
+    if planned.rows_fitted < FEW_ROWS_FITTED:
+        found.append(f"fitted to only {planned.rows_fitted:,} rows; a fitted codec gets better with more")
+    if planned.chosen is None:
+        return found
+    for temperature in goal.counted_temperatures:
+        kl, error = (planned.chosen[key][f"{temperature:g}"] for key in ("kl", "kl_se"))
+        measured = f"measured on {planned.rows_measured:,} rows of {planned.texts_measured} texts"
+        if error is None:
+            found.append(f"the KL at T = {temperature:g} is {measured}, too few for a standard error")
+        elif error > PRECISION * kl:
+            found.append(
+                f"the KL at T = {temperature:g} is {kl:.4f} with a standard error of {error:.2g} ({error / kl:.0%}), "
+                f"{measured}; more of them make it surer"
             )
-    if folder is not None:
-        lines.append(f"Use it: logitstore collect ... --tables {folder}")
-    return "\n".join(lines)
+    return found
 
 
-def _size(n_bytes: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes / 1e3:.1f} kB"
+def _wanted(goal: "Goal") -> str:
+    if goal.max_kl is not None:
+        return goal.text()
+    return f"at most {goal.max_bytes_per_token:g} bytes a token, two standard errors to spare"
 
 
-def write_page(
-    path: Path, results: Sequence[dict[str, Any]], best: dict[str, Any] | None, goal: "Goal", facts: dict[str, Any]
-) -> Path:
+def _bytes_per_token(row: dict[str, Any]) -> float:
+    return row["bytes_per_token"]
+
+
+def _measured_text(row: dict[str, Any], goal: "Goal") -> str:
+    """A configuration with its bytes a token and its KL at each temperature that is measured."""
+    kls = " and ".join(
+        f"{row['kl'][name]:.4f}{_error(row['kl_se'][name])} at T = {name}"
+        for name in (f"{temperature:g}" for temperature in goal.temperatures)
+    )
+    return f"{configuration_text(row['config'])}, {row['bytes_per_token']:.1f}{_error(row['bytes_per_token_se'])} bytes a token, KL {kls}"
+
+
+def write_page(path: Path, planned: "Planned", goal: "Goal", facts: dict[str, Any]) -> Path:
     """Writes the report and returns its path."""
+    results = planned.results
     headers, rows = plan_table(results, goal)
-    text = recommendation_text(results, best, goal, None)
     sections = [
-        Section("Recommendation", [Paragraph(line) for line in text.splitlines()]),
+        Section("Recommendation", [Paragraph(line) for line in recommendation_lines(planned, goal)]),
         Section(
             "Size against fidelity",
             [
@@ -101,7 +136,7 @@ def write_page(
         ),
         Section("How this was measured", [Table(("what", "value"), environment_rows(facts))]),
     ]
-    subtitle = f"{facts['rows_fitted']:,} rows of {facts['logits']} fitted, {facts['rows_measured']:,} others measured."
+    subtitle = f"{facts['rows_fitted']:,} rows of {facts['sample']} fitted, {facts['rows_measured']:,} others measured."
     return write_report(path, "Which codec for this teacher", sections, subtitle)
 
 

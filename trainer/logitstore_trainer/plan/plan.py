@@ -6,167 +6,129 @@ tables of corrections. Nothing is chosen on rows that are reported elsewhere: th
 Letters: R rows, V vocabulary. T is the temperature.
 """
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import logitstore
 from logitstore.codecs.topk import TopKCodec
-from logitstore.fit_codec import fit_tail, fitted_on_rows
+from logitstore.fit_cache import FitCache
+from logitstore.fit_codec import counted, fit_tail, fitted_on_rows, targets_of_rows
 from logitstore.tail_fit import TailFitSettings
 from logitstore.tail_model import TailModel
 from logitstore.tail_rows import TailRows, tail_rows
-from logitstore_trainer.bench.environment import environment, output_folder, write_json
-from logitstore_trainer.bench.fidelity import estimate, row_divergences
-from logitstore_trainer.bench.logits_file import LogitsFile
-from logitstore_trainer.plan.page import plan_table, recommendation_text, write_page
-from logitstore_trainer.progress import Progress
-from logitstore_trainer.report import format_table
+from logitstore_trainer.bench.fidelity import Estimate, estimate, row_divergences
+from logitstore_trainer.plan.goal import Goal
+from logitstore_trainer.plan.sample import PlanSample, SampleRows, TextsOf
+from logitstore_trainer.progress import Progress, StageProgress
 
+MEASURED_ROWS, SIZED_ROWS = 1020, 20_000
 HELD_OUT_EVERY = 5
 UNFITTED = tuple({"k": k} for k in (8, 16, 32, 64))
 RESIDUAL = tuple({"head": "log", "head_step": 0.5, "k": 64, "min_prob": p} for p in (0.01, 0.0025))
+_COARSE = ((0.02, 1.0, None), (0.01, 1.0, None), (0.01, 0.5, None), (0.005, 0.5, None), (0.0025, 0.5, None))
+_CORRECTED = {
+    0.01: (0.18, 0.15, 0.13, 0.1),
+    0.005: (0.18, 0.15, 0.13, 0.115, 0.1, 0.09, 0.08, 0.07, 0.0625, 0.055, 0.05, 0.045, 0.041, 0.037),
+    0.0025: (0.06, 0.045, 0.03),
+}
 PREDICTED = tuple(
     {"head": "log", "head_step": step, "k": 64, "min_prob": p, "tail": "predicted", "tail_step": tail_step}
-    for p, step, tail_step in (
-        (0.02, 1.0, None),
-        (0.01, 1.0, None),
-        (0.01, 0.5, None),
-        (0.005, 0.5, None),
-        (0.0025, 0.5, None),
-        (0.01, 0.5, 0.18),
-        (0.005, 0.5, 0.18),
-        (0.01, 0.5, 0.13),
-        (0.005, 0.5, 0.13),
-        (0.0025, 0.5, 0.13),
-        (0.01, 0.5, 0.1),
-        (0.005, 0.5, 0.1),
-        (0.01, 0.5, 0.08),
-        (0.005, 0.5, 0.08),
-        (0.005, 0.5, 0.065),
-        (0.0025, 0.5, 0.055),
-        (0.0025, 0.5, 0.045),
-    )
+    for p, step, tail_step in (*_COARSE, *((p, 0.5, step) for p, steps in _CORRECTED.items() for step in steps))
 )
 
 
-@dataclass(frozen=True)
-class Goal:
-    """At most max_bytes_per_token bytes, or at most max_kl nats: one of the two. temperature: at which KL counts, None
-    for T = 1 and T = 2 together (max_kl: T = 1). tokens: how many will be stored. Raises ValueError for others."""
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """results: a row for each configuration, as measured_codec gives it, with "frontier". chosen, codec: the row that
+    the goal takes and its codec, None where no configuration reaches the goal. rows_fitted, rows_measured: of the
+    teacher. texts_measured: whose rows these are. seconds: what the plan took."""
 
-    max_bytes_per_token: float | None
-    max_kl: float | None
-    temperature: float | None = None
-    tokens: float = 1e9
-
-    def __post_init__(self) -> None:
-        if (self.max_bytes_per_token is None) == (self.max_kl is None):
-            raise ValueError("a goal is either --max-bytes-per-token or --max-kl")
-        for name in ("max_bytes_per_token", "max_kl", "temperature", "tokens"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """At which KL is measured: 1, 2 and the goal's own."""
-        return tuple(sorted({1.0, 2.0, *([self.temperature] if self.temperature else [])}))
-
-    def loss(self, row: dict[str, Any]) -> float:
-        """The KL that counts, in nats, of a measured configuration."""
-        if self.temperature is not None:
-            return row["kl"][f"{self.temperature:g}"]
-        return row["kl"]["1"] if self.max_kl is not None else row["kl"]["1"] + row["kl"]["2"]
-
-    def chosen(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """The best of the configurations that keep to the goal, None where none does."""
-        if self.max_kl is not None:
-            fitting = [row for row in rows if self.loss(row) <= self.max_kl]
-            return min(fitting, key=lambda row: row["bytes_per_token"], default=None)
-        fitting = [row for row in rows if row["bytes_per_token"] <= self.max_bytes_per_token]
-        return min(fitting, key=self.loss, default=None)
+    results: list[dict[str, Any]]
+    chosen: dict[str, Any] | None
+    codec: TopKCodec | None
+    rows_fitted: int
+    rows_measured: int
+    texts_measured: int
+    seconds: float
 
 
-def plan(logits: Path, goal: Goal, *, n_rows: int = 1020, seed: int = 0, out: Path | None = None) -> int:
-    """Fits, measures, prints and, where there is a folder, writes; returns the exit code."""
-    if n_rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {n_rows}")
+def make_plan(
+    sample: PlanSample, goal: Goal, *, n_rows: int = MEASURED_ROWS, seed: int = 0, cache: FitCache | None = None
+) -> Planned:
+    """Fits on four fifths of the texts, measures on n_rows rows of the last fifth, and chooses.
+
+    Shows progress; prints nothing else. Raises ValueError for a sample of one text, or n_rows below 1.
+    """
     start_s = time.perf_counter()
-    sample = LogitsFile(logits)
-    if len(sample) < 2:
-        raise ValueError(f"{logits} holds one sample; a plan fits on some and measures on others")
-    folder = output_folder(out) if out is not None else None
-    held_out = held_out_samples(range(len(sample)))
-    measured = spread_samples(sample, sorted(held_out), n_rows)
-    rows, tail = fitted_tail(
-        sample, [number for number in range(len(sample)) if number not in held_out], TailFitSettings(seed=seed)
-    )
-    results = []
-    codecs: list[TopKCodec] = []
-    with Progress(total=len(UNFITTED) + len(RESIDUAL) + len(PREDICTED), desc="measure", unit="codecs") as display:
-        for codec in candidates(rows, tail):
-            results.append(measured_codec(codec, measured, goal.temperatures))
-            codecs.append(codec)
-            display.update()
-    best = goal.chosen(results)
+    prepared = prepare(sample, n_rows=n_rows, settings=TailFitSettings(seed=seed), cache=cache)
+    results: list[dict[str, Any]] = []
+    best: TopKCodec | None = None
+    for codec, result in measured_candidates(prepared, goal.temperatures):
+        results.append(result)
+        if goal.chosen(results) is result:
+            best = codec  # the others are dropped: tables take up to hundreds of MB
     mark_frontier(results, goal)
-    facts = environment(
-        logits=str(logits.name),
-        rows_fitted=rows.n_rows,
-        rows_measured=sum(len(item.input_ids) - 1 for item in measured),
+    return Planned(
+        results=results,
+        chosen=goal.chosen(results),
+        codec=best,
+        rows_fitted=prepared.rows.n_rows,
+        rows_measured=prepared.n_measured_rows,
+        texts_measured=len(prepared.measured),
         seconds=time.perf_counter() - start_s,
     )
-    print(format_table(*plan_table(results, goal)))
-    print(recommendation_text(results, best, goal, folder))
-    if folder is not None:
-        write_json(folder / "plan.json", {"goal": vars(goal), "results": results, "chosen": best, "facts": facts})
-        report = write_page(folder / "report.html", results, best, goal, facts)
-        if best is not None:
-            codecs[results.index(best)].save(folder)
-        print(f"report: {report}")
-    return 0 if best is not None else 1
-
-
-def held_out_samples(numbers: Sequence[int]) -> set[int]:
-    """Every fifth of these samples, the last one at least: those that decide and are not fitted on."""
-    return set(numbers[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) or set(numbers[-1:])
-
-
-def fitted_tail(sample: LogitsFile, numbers: Sequence[int], settings: TailFitSettings) -> tuple[TailRows, TailModel]:
-    """The rows of these samples, and the tail model fitted to them."""
-    total = int(sum(sample.sample_lengths[i] - 1 for i in numbers))
-    with Progress(total=total, desc="read the sample", unit="rows") as display:
-        rows = tail_rows(_Samples(sample, numbers), sample.vocab_size, on_rows=display.update)
-    with _StepProgress() as display:
-        return rows, fit_tail(rows, settings, display.on_step)
-
-
-class _StepProgress(contextlib.ExitStack):
-    """Shows the steps of a fit, whose number is known with the first."""
-
-    _display: Progress | None = None
-
-    def on_step(self, step: int, steps: int, loss: float) -> None:
-        if self._display is None:
-            self._display = self.enter_context(Progress(total=steps, desc="fit the tail model", unit="steps"))
-        self._display.update()
 
 
 @dataclass(frozen=True, eq=False)
-class _Samples:
-    file: LogitsFile
-    numbers: Sequence[int]
+class Prepared:
+    """rows, tail: what every configuration is fitted to. measured: texts that KL is measured on. sized: the rows that
+    bytes are counted on; these are many more, for counting is cheap. None of either is fitted on."""
 
-    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        for number in self.numbers:
-            sample = self.file[number]
-            yield sample.logits, sample.input_ids, None
+    rows: TailRows
+    tail: TailModel
+    measured: Sequence[SampleRows]
+    n_measured_rows: int
+    sized: TailRows
+
+
+def prepare(
+    sample: PlanSample, *, n_rows: int, settings: TailFitSettings | None = None, cache: FitCache | None = None
+) -> Prepared:
+    """Reads the sample and fits the tail model to four fifths of its texts. Raises ValueError as make_plan does."""
+    if n_rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {n_rows}")
+    n_texts = len(sample.row_counts)
+    if n_texts < 2:
+        raise ValueError(f"{sample.name} gives one text; a plan fits on some and measures on others")
+    held_out = range(HELD_OUT_EVERY - 1, n_texts, HELD_OUT_EVERY) if n_texts >= HELD_OUT_EVERY else [n_texts - 1]
+    measured = TextsOf(sample, _spread_numbers(sample.row_counts, held_out, n_rows))
+    sized = TextsOf(sample, _spread_numbers(sample.row_counts, held_out, SIZED_ROWS))
+    fitting = TextsOf(sample, [i for i in range(n_texts) if i not in set(held_out)])
+    rows, tail = fitted_tail(fitting, settings or TailFitSettings(), cache)
+    return Prepared(rows, tail, list(measured), measured.n_rows, tail_rows(sized, sample.vocab_size))
+
+
+def measured_candidates(
+    prepared: Prepared, temperatures: Sequence[float]
+) -> Iterator[tuple[TopKCodec, dict[str, Any]]]:
+    """Each configuration, fitted, with its row of results; shows progress."""
+    total = len(UNFITTED) + len(RESIDUAL) + len(PREDICTED)
+    with Progress(total=total, desc="measure", unit="codecs") as display:
+        for codec in candidates(prepared.rows, prepared.tail):
+            yield codec, measured_codec(codec, prepared, temperatures)
+            display.update()
+
+
+def fitted_tail(texts: TextsOf, settings: TailFitSettings, cache: FitCache | None) -> tuple[TailRows, TailModel]:
+    """The rows of these texts, and the tail model fitted to them or found in the cache."""
+    with StageProgress() as display:
+        rows = tail_rows(texts, texts.sample.vocab_size, on_rows=counted(display, "rows", texts.n_rows))
+        return rows, fit_tail(rows, settings, on_progress=display, cache=cache)
 
 
 def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
@@ -179,42 +141,55 @@ def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
         yield fitted_on_rows(logitstore.make_codec("topk", vocab_size=vocab_size, **options), rows, tail)
 
 
-def spread_samples(sample: LogitsFile, held_out: Sequence[int], n_rows: int) -> list[Any]:
-    """Samples of n_rows rows together, spread over those that are held out."""
+def _spread_numbers(row_counts: NDArray[np.int64], held_out: Sequence[int], n_rows: int) -> list[int]:
+    """Texts of about n_rows rows together, spread over those that are held out."""
     chosen, total = [], 0
-    step = max(1, int(len(held_out) * float(np.mean(sample.sample_lengths)) / n_rows))  # spread over the file
+    step = max(1, int(len(held_out) * float(row_counts.mean()) / n_rows))
     for number in held_out[::step]:
-        chosen.append(sample[number])
-        total += len(chosen[-1].input_ids) - 1
+        chosen.append(number)
+        total += int(row_counts[number])
         if total >= n_rows:
             break
     return chosen
 
 
-def measured_codec(codec: TopKCodec, samples: Sequence[Any], temperatures: Sequence[float]) -> dict[str, Any]:
-    """A codec on these samples: config, bytes_per_token, table_bytes, entries a row, kl and kl_se by temperature."""
-    n_bytes, n_rows, n_entries = 0, [], 0
-    kl_sums: dict[float, list[float]] = {temperature: [] for temperature in temperatures}
-    for sample in samples:
-        targets = codec.targets_from_logits(sample.logits, sample.input_ids)
-        blob = codec.encode(targets, sample.input_ids)
-        decoded = codec.decode(blob, sample.input_ids)
-        n_bytes += len(blob)
-        n_rows.append(decoded.n_rows)
-        n_entries += len(decoded.ids)
-        for temperature, sums in kl_sums.items():
-            dense = decoded.dense_logprobs(temperature)
-            sums.append(float(row_divergences(sample.logits, dense, temperature=temperature).kl.sum()))
-    kls = {f"{temperature:g}": estimate(sums, n_rows) for temperature, sums in kl_sums.items()}
+def measured_codec(codec: TopKCodec, prepared: Prepared, temperatures: Sequence[float]) -> dict[str, Any]:
+    """A row of results: config, bytes_per_token with its standard error over texts, table_bytes, entries a row, kl and
+    kl_se by temperature."""
+    blob_bytes, rows_sized, n_entries = [], [], 0
+    for targets in targets_of_rows(codec, prepared.sized):
+        blob_bytes.append(len(codec.encode(targets, targets.input_ids)))
+        rows_sized.append(int(targets.present.sum()))
+        n_entries += len(targets.ids)
+    size = estimate(blob_bytes, rows_sized)
+    kls = {f"{temperature:g}": kl for temperature, kl in _divergences(codec, prepared.measured, temperatures).items()}
     config = {name: value for name, value in codec.config.items() if name not in ("name", "vocab_size", "tables")}
     return {
         "config": config,
-        "bytes_per_token": n_bytes / sum(n_rows),
+        "bytes_per_token": size.mean,
+        "bytes_per_token_se": size.se,
         "table_bytes": len(codec.tables.file_bytes) if codec.tables is not None else 0,
-        "entries": n_entries / sum(n_rows),
+        "entries": n_entries / sum(rows_sized),
         "kl": {name: kl.mean for name, kl in kls.items()},
         "kl_se": {name: kl.se for name, kl in kls.items()},
     }
+
+
+def _divergences(
+    codec: TopKCodec, samples: Sequence[SampleRows], temperatures: Sequence[float]
+) -> dict[float, Estimate]:
+    """KL(teacher || what is read back), mean over rows, at each temperature."""
+    n_rows: list[int] = []
+    sums: dict[float, list[float]] = {temperature: [] for temperature in temperatures}
+    for sample in samples:
+        blob = codec.encode(codec.targets_from_logits(*sample), sample.input_ids)
+        decoded = codec.decode(blob, sample.input_ids)
+        present = decoded.present
+        n_rows.append(int(present.sum()))
+        for temperature, sums_at in sums.items():
+            dense = decoded.dense_logprobs(temperature)
+            sums_at.append(float(row_divergences(sample.logits, dense, temperature=temperature).kl[present].sum()))
+    return {temperature: estimate(sums_at, n_rows) for temperature, sums_at in sums.items()}
 
 
 def mark_frontier(results: Sequence[dict[str, Any]], goal: Goal) -> None:
