@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.entropy_code import StaticTables, fitted_tables, split_integers
+from logitstore.entropy_code import StaticTables, fitted_tables, symbols_of
 from logitstore.errors import CorruptionError
 from logitstore.tail_moments import COARSE
 
@@ -73,10 +73,10 @@ class CorrectionTables:
         return (value * (np.float32(self.step) / np.sqrt(self.weights[classes_R]))[:, None]).astype(np.float32)
 
 
-def row_classes(excess_codes: NDArray[np.integer], odds_context: NDArray[np.int64]) -> NDArray[np.int64]:
+def row_classes(excess_codes: NDArray[np.integer], odds_context: NDArray[np.integer]) -> NDArray[np.int64]:
     """The class of each present row, from the coarse code of its half moment and the context of its odds (0 to 8)."""
     excess = np.minimum(excess_codes.astype(np.int64) // int(COARSE.excess_steps / 2), N_EXCESS - 1)
-    return odds_context * N_EXCESS + excess
+    return odds_context.astype(np.int64) * N_EXCESS + excess
 
 
 def fit_corrections(
@@ -102,8 +102,7 @@ def fit_corrections(
     tables = CorrectionTables(step, weights, contexts, levels, no_symbols)
     steps = tables.quantised(errors_Rr, classes_R)
     coded_Rr = contexts[classes_R] >= FIRST_CODED
-    symbols, _, _ = split_integers(zigzag(steps[coded_Rr]))
-    fitted = fitted_tables(symbols, contexts[classes_R][coded_Rr], N_CONTEXTS)
+    fitted = fitted_tables(symbols_of(zigzag(steps[coded_Rr])), contexts[classes_R][coded_Rr], N_CONTEXTS)
     levels = _centres(steps, weighted[:, :width] / np.float32(step), contexts[classes_R])
     return CorrectionTables(step, weights, contexts, levels, fitted)
 
