@@ -10,13 +10,12 @@ from logitstore.codec_tables import N_RANK_GROUPS, N_TIE_SIZES
 from logitstore.compiled import compiled
 
 OK, STEP_TOO_GREAT = 0, 1
-_SORTED_BY_INSERTION = 16
 
 
 # 0, 1, 2, 3, then one group an octave, from rank 128 on the last
 _GROUP_OF_RANK = np.array([min(n if n < 4 else 1 + n.bit_length(), N_RANK_GROUPS - 1) for n in range(129)], np.uint8)
-# ceil(log2(length of a run)), from 17 on the last
-_SIZE_OF_RUN = np.array([0, *(min((n - 1).bit_length(), N_TIE_SIZES) for n in range(1, 18))], np.uint8)
+_LONGEST_RUN = 17  # of those that differ in ceil(log2(length))
+_SIZE_OF_RUN = np.array([0, *(min((n - 1).bit_length(), N_TIE_SIZES) for n in range(1, _LONGEST_RUN + 1))], np.uint8)
 
 
 @compiled
@@ -33,25 +32,25 @@ def rank_groups(offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
 def id_contexts(codes_E: NDArray, offsets: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
     """(tied [E], context of the id [E]). Tied: of the same head code as the entry before it, from rank 2 on.
 
-    Without branches on what is tied, which no processor foresees.
+    Without branches on what is tied, which no processor foresees: -tied is a mask of all bits or none.
     """
-    tied_E, contexts_E = np.empty(len(codes_E), np.bool_), np.empty(len(codes_E), np.uint8)
-    to_end_E = np.empty(len(codes_E), np.int64)  # entries from this one to the end of its run
+    tied_E, contexts_E = np.zeros(len(codes_E), np.bool_), np.empty(len(codes_E), np.uint8)
     for r in range(len(offsets) - 1):
         start, stop = offsets[r], offsets[r + 1]
-        for e in range(start, stop):
-            tied_E[e] = (e > start + 1) & (codes_E[e] == codes_E[max(e - 1, 0)])
-        to_end = 0
-        for e in range(stop - 1, start - 1, -1):
-            to_end += 1
-            to_end_E[e] = to_end
-            to_end *= tied_E[e]
+        to_end = 1  # entries from this one to the end of its run, which stand in contexts_E for now
+        for e in range(stop - 1, start + 1, -1):
+            tied = np.int64(codes_E[e] == codes_E[e - 1])
+            tied_E[e], contexts_E[e] = tied, min(to_end, _LONGEST_RUN)
+            to_end = 1 + (to_end & -tied)
+        contexts_E[start : start + 1] = 1
+        contexts_E[start + 1 : min(start + 2, stop)] = min(to_end, _LONGEST_RUN)
         run = 0
         for e in range(start, stop):
-            run = run if tied_E[e] else to_end_E[e]
-            size = np.int64(_SIZE_OF_RUN[min(run, 17)])
-            untied = 3 * np.int64(_GROUP_OF_RANK[min(e - start, 128)]) + min(size, 2)
-            contexts_E[e] = 3 * N_RANK_GROUPS + size - 1 if tied_E[e] else untied
+            tied = np.int64(tied_E[e])
+            run = (run & -tied) | (np.int64(contexts_E[e]) & (tied - 1))
+            size = np.int64(_SIZE_OF_RUN[run])
+            untied_context = 3 * np.int64(_GROUP_OF_RANK[min(e - start, 128)]) + min(size, 2)
+            contexts_E[e] = untied_context + tied * (3 * N_RANK_GROUPS + size - 1 - untied_context)
     return tied_E, contexts_E
 
 
@@ -63,16 +62,17 @@ def sort_tied(ids_E: NDArray[np.int32], id_codes_E: NDArray[np.int32], tied_E: N
         end = begin + 1
         while end < len(ids_E) and tied_E[end]:
             end += 1
-        if end - begin > _SORTED_BY_INSERTION:
-            order = begin + np.argsort(id_codes_E[begin:end])
-            ids_E[begin:end], id_codes_E[begin:end] = ids_E[order], id_codes_E[order]
-        else:
-            for e in range(begin + 1, end):
+        gap = 1  # Shell's sort with Knuth's gaps, which is insertion for short runs
+        while 3 * gap + 1 < end - begin:
+            gap = 3 * gap + 1
+        while gap:
+            for e in range(begin + gap, end):
                 code, token, at = id_codes_E[e], ids_E[e], e
-                while at > begin and id_codes_E[at - 1] > code:
-                    id_codes_E[at], ids_E[at] = id_codes_E[at - 1], ids_E[at - 1]
-                    at -= 1
+                while at >= begin + gap and id_codes_E[at - gap] > code:
+                    id_codes_E[at], ids_E[at] = id_codes_E[at - gap], ids_E[at - gap]
+                    at -= gap
                 id_codes_E[at], ids_E[at] = code, token
+            gap //= 3
         begin = end
 
 

@@ -26,22 +26,13 @@ def decoded_head(
     if head_format.table is None:
         return QuantisedHead(codes.view(np.float16).astype(np.float32), codes, None, None)
     if head_format.derives_offset:
-        return _log_head(head_format.table, codes, offsets, tail_logmass)
+        from logitstore.row_loops import log_head
+
+        offset, logps = log_head(codes, offsets, head_format.table, head_format.shares, tail_logmass)
+        return QuantisedHead(logps, codes, np.ones(len(offset), np.float32), offset)
     counts = np.diff(offsets)
     scale_E, offset_E = (None if number is None else np.repeat(number, counts) for number in (scale, offset))
     return QuantisedHead(decode_one_byte(codes, head_format.table, scale_E, offset_E), codes, scale, offset)
-
-
-def _log_head(
-    table: NDArray[np.float32],
-    codes: NDArray[np.uint8],
-    offsets: NDArray[np.int64],
-    tail_logmass: NDArray[np.float32],
-) -> QuantisedHead:
-    from logitstore.row_loops import log_head
-
-    offset, logps = log_head(codes, offsets, table, np.exp(table.astype(np.float64)), tail_logmass)
-    return QuantisedHead(logps, codes, np.ones(len(offset), np.float32), offset)
 
 
 def quantised_head(

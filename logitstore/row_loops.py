@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from logitstore.compiled import compiled
 
-_COMPARED_IN_PAIRS = 64
 _LEAST = np.float32(-3.4028235e38)
 
 
@@ -24,6 +23,7 @@ def rows_are_sound(
     vocab_size: int,
 ) -> bool:
     """True where TeacherTargets.validate finds nothing in rows that are no samples; their sizes have been checked."""
+    seen = np.zeros((vocab_size >> 6) + 1, np.uint64)
     for r in range(len(offsets) - 1):
         start, stop = offsets[r], offsets[r + 1]
         mass, half = tail_logmass_R[r], tail_logmoment_half_R[r]
@@ -36,9 +36,8 @@ def rows_are_sound(
             return False
         if stop - start == vocab_size and not no_tail:
             return False
-        if not _entries_are_sound(ids_E[start:stop], logps_E[start:stop], vocab_size) or _has_repeats(
-            ids_E[start:stop]
-        ):
+        ids, logps = ids_E[start:stop], logps_E[start:stop]
+        if logps[0] > 0 or not _entries_are_sound(ids, logps, vocab_size) or _has_repeats(ids, seen):
             return False
     return True
 
@@ -55,18 +54,16 @@ def _entries_are_sound(ids_E, logps_E, vocab_size):
 
 
 @compiled
-def _has_repeats(ids_E):
-    """True where two ids of a row are equal."""
-    repeats = False
-    if len(ids_E) <= _COMPARED_IN_PAIRS:
-        for e in range(1, len(ids_E)):
-            for before in range(e):
-                repeats |= ids_E[before] == ids_E[e]
-        return repeats
-    ordered = np.sort(ids_E)
-    for e in range(1, len(ordered)):
-        repeats |= ordered[e] == ordered[e - 1]
-    return repeats
+def _has_repeats(ids_E, seen):
+    """True where two ids of a row are equal; seen: a flag for each id of the vocabulary, 64 a number, none set."""
+    met = np.uint64(0)
+    for token in ids_E:
+        flag = np.uint64(1) << np.uint64(token & 63)
+        met |= seen[token >> 6] & flag
+        seen[token >> 6] |= flag
+    for token in ids_E:
+        seen[token >> 6] = 0
+    return met != 0
 
 
 @compiled
@@ -79,6 +76,7 @@ def given_rows_are_sound(
     rounding: float,
 ) -> bool:
     """True where each row is entries and then pads (negative ids), and what row_input asks of rows holds."""
+    seen = np.zeros((vocab_size >> 6) + 1, np.uint64)
     for n in range(len(ids_NK)):
         ids, logps = ids_NK[n], logps_NK[n]
         mass, half = tail_logmass_N[n], tail_logmoment_half_N[n]
@@ -92,7 +90,8 @@ def given_rows_are_sound(
         for place in range(n_entries, len(ids)):
             if ids[place] >= 0:
                 return False
-        if not _entries_are_sound(ids[:n_entries], logps[:n_entries], vocab_size) or _has_repeats(ids[:n_entries]):
+        ids, logps = ids[:n_entries], logps[:n_entries]
+        if not _entries_are_sound(ids, logps, vocab_size) or _has_repeats(ids, seen):
             return False
     return True
 

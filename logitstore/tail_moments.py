@@ -69,8 +69,7 @@ def encode_moments(logmass: Float32, logmoment_half: Float32, grid: MomentGrid =
 
 def decode_moments(odds_codes: Codes, excess_codes: Codes, grid: MomentGrid = FINE) -> tuple[Float32, Float32]:
     """(log-mass, half moment) float32 in nats. Raises CorruptionError where one code says no tail and one a tail."""
-    no_tail = odds_codes == NO_TAIL
-    if np.any(no_tail != (excess_codes == NO_TAIL)):
+    if not np.array_equal(odds_codes == NO_TAIL, excess_codes == NO_TAIL):
         raise CorruptionError("one tail moment says that there is no tail, the other that there is one")
     mass = decode_logmass(odds_codes, grid)  # and -inf without a tail, as its half is then
     return mass.astype(np.float32), (mass / 2 + excess_codes / grid.excess_steps).astype(np.float32)

@@ -115,6 +115,7 @@ def check_targets(codec: Codec, targets: TeacherTargets, tokens: NDArray[np.int3
             f"targets hold {kinds[targets.is_sampled]}, the codec {codec.config['name']!r} stores "
             f"{kinds[not targets.is_sampled]}; make them with its own targets_from_logits"
         )
+    targets.validate_shapes()
     check_rows(codec, targets)
     most = int(targets.counts.max(initial=0))
     if most > max_entries:
@@ -122,11 +123,13 @@ def check_targets(codec: Codec, targets: TeacherTargets, tokens: NDArray[np.int3
 
 
 def check_rows(codec: Codec, targets: TeacherTargets) -> None:
-    """targets.validate(), by compiled loops for a fitted codec, which needs some anyway. Raises CorruptionError."""
+    """targets.validate(), by compiled loops for a fitted codec, which needs some anyway; sizes have been validated.
+
+    Raises CorruptionError.
+    """
     if codec.tables_sha256 is not None and not targets.is_sampled:
         from logitstore.row_loops import rows_are_sound
 
-        targets.validate_shapes()
         moments = targets.tail_logmass, targets.tail_logmoment_half
         if rows_are_sound(targets.offsets, targets.ids, targets.logps, *moments, targets.vocab_size):
             return

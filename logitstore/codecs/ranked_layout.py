@@ -182,26 +182,23 @@ def moment_codes_of(
     odds: NDArray[np.int64], excess: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """The codes of which zigzag_moments made these. Raises CorruptionError for integers beyond 16 bits."""
-    codes = undo_zigzag(odds - 1) + _CENTRE
-    if np.any((codes < 0) | (codes >= NO_TAIL) | (excess >= NO_TAIL)):
+    if np.any(odds > _GREATEST_ODDS) or np.any(excess >= NO_TAIL):
         raise CorruptionError("a tail moment's code is outside its range")
-    no_tail = odds == 0
-    return np.where(no_tail, NO_TAIL, codes).astype(np.uint16), np.where(no_tail, NO_TAIL, excess).astype(np.uint16)
+    excess_codes = excess.astype(np.uint16)
+    excess_codes[odds == 0] = NO_TAIL
+    return _ODDS_CODES[odds], excess_codes
 
 
 def odds_contexts(odds: NDArray[np.integer]) -> NDArray[np.uint8]:
     """0 for no tail, else 1 to 8: the tail's log-odds in steps of 2 nats from below -8 on."""
-    return _ODDS_CONTEXTS[np.minimum(odds, len(_ODDS_CONTEXTS) - 1)]
+    return _ODDS_CONTEXTS[np.minimum(odds, _GREATEST_ODDS)]
 
 
-def _odds_contexts() -> NDArray[np.uint8]:
-    steps_of_2_nats = undo_zigzag(np.arange(2 * COARSE.greatest_odds_code) - 1) // int(2 * COARSE.odds_steps)
-    contexts = (1 + np.clip(steps_of_2_nats + 3, 0, 7)).astype(np.uint8)
-    contexts[0] = 0
-    return contexts
-
-
-_ODDS_CONTEXTS = _odds_contexts()
+_GREATEST_ODDS = 2 * max(_CENTRE, COARSE.greatest_odds_code - _CENTRE)  # of the numbers that stand for odds
+_DISTANCE = undo_zigzag(np.arange(_GREATEST_ODDS + 1) - 1)
+_ODDS_CODES = np.where(np.arange(_GREATEST_ODDS + 1) == 0, NO_TAIL, _DISTANCE + _CENTRE).astype(np.uint16)
+_ODDS_CONTEXTS = np.clip(_DISTANCE // int(2 * COARSE.odds_steps) + 4, 1, 8).astype(np.uint8)
+_ODDS_CONTEXTS[0] = 0
 
 
 def moment_classes(moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]]) -> NDArray[np.int64]:

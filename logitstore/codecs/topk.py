@@ -315,8 +315,11 @@ class TopKCodec:
         self, moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]], present: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Log-mass and half moment of all rows [R], NaN in absent ones, from the codes of the present ones."""
+        moments_P = decode_moments(*moment_codes, self._grid)
+        if present.all():
+            return moments_P
         moments_R = np.full((2, len(present)), np.nan, np.float32)
-        moments_R[:, present] = decode_moments(*moment_codes, self._grid)
+        moments_R[:, present] = moments_P
         return moments_R[0], moments_R[1]
 
     def _targets(

@@ -141,14 +141,14 @@ def some_targets(rng: np.random.Generator) -> TeacherTargets:
 BAD = [np.nan, np.inf, -np.inf, 1e-3, 0.0, -1.0, 1.0]
 
 
-def damaged(rng: np.random.Generator, arrays: list[np.ndarray], ids: np.ndarray) -> None:
-    """Puts a number that may be wrong into one place, or an id where it may not be."""
-    if rng.random() < 0.4:
-        place = rng.integers(ids.size)
-        ids.flat[place] = rng.choice([-1, V, V - 1, ids.flat[place - 1], ids.flat[rng.integers(ids.size)]])
-    else:
-        array = arrays[rng.integers(len(arrays))]
-        array.flat[rng.integers(array.size)] = rng.choice(BAD)
+def damaged(rng: np.random.Generator, arrays: list[np.ndarray], ids: np.ndarray, firsts: np.ndarray) -> None:
+    """Puts a number that may be wrong into one place, or an id where it may not be; often into a row's first place."""
+    array = [ids, *arrays][rng.integers(1 + len(arrays))]
+    place = rng.integers(array.size)
+    if array.size == ids.size and rng.random() < 0.5:
+        place = rng.choice(firsts)
+    bad = [-1, V, V - 1, ids.flat[place - 1], ids.flat[rng.integers(ids.size)]] if array is ids else BAD
+    array.flat[place] = rng.choice(bad)
 
 
 @settings(max_examples=300, deadline=None)
@@ -158,7 +158,7 @@ def test_rows_are_sound_where_validate_finds_nothing(seed: int) -> None:
     targets = some_targets(rng)
     arrays = [targets.logps, targets.tail_logmass, targets.tail_logmoment_half]
     for _ in range(rng.integers(0, 3)):
-        damaged(rng, arrays, targets.ids)
+        damaged(rng, arrays, targets.ids, targets.offsets[:-1][targets.present])
     if rng.random() < 0.1:
         targets = replace(targets, vocab_size=300)
     faults = []
@@ -180,7 +180,7 @@ def test_given_rows_are_sound_where_numpy_finds_nothing(seed: int, width: int) -
     moments = -rng.random((2, 6)).astype(np.float32)
     moments[:, rng.random(6) < 0.2] = -np.inf
     for _ in range(rng.integers(0, 3)):
-        damaged(rng, [logps, *moments], ids)
+        damaged(rng, [logps, *moments], ids, np.arange(6) * width)
     faults = []
     try:
         checked_rows(ids, logps, *moments, keep_mask=np.ones(6, bool), vocab_size=V)
