@@ -19,7 +19,7 @@ from logitstore.blob import BlobHeader, pack_blob
 from logitstore.codec_tables import CodecTables
 from logitstore.codecs.checks import check_counts
 from logitstore.codecs.flat_layout import StoredRows
-from logitstore.corrections import FIRST_CODED, row_classes, undo_zigzag, zigzag
+from logitstore.corrections import row_classes, undo_zigzag, zigzag
 from logitstore.entropy_code import NumberDecoder, NumberEncoder
 from logitstore.errors import CorruptionError
 from logitstore.head_values import HeadFormat
@@ -53,9 +53,9 @@ def encode_ranked(
     encoder.put(tables.values, head_steps(rows.codes, rows.offsets, head_format), rank_groups(rows.offsets))
     encoder.put(tables.ids, *id_numbers(tables.lists, rows, tokens))
     if tables.corrections is not None and rows.correction_steps is not None:
-        contexts = tables.corrections.contexts[row_classes(excess, odds_context)]
-        coded = contexts >= FIRST_CODED
-        encoder.put(tables.corrections.symbols, zigzag(rows.correction_steps[coded]), contexts[coded])
+        classes = row_classes(excess, odds_context)
+        numbers = tables.corrections.numbers(rows.correction_steps, classes)
+        encoder.put(tables.corrections.symbols, numbers, tables.corrections.coded_contexts(classes))
     words, raw = encoder.coded()
     planes = [] if present.all() else [np.packbits(present, bitorder="little").tobytes()]
     if head_format.has_row_scale and rows.scale is not None and rows.offset is not None:
@@ -103,10 +103,9 @@ def decode_ranked(
     id_codes = undo_differences_of_tied(decoder.take(tables.ids, contexts), tied)
     steps = None
     if tables.corrections is not None:
-        contexts = tables.corrections.contexts[row_classes(excess, odds_context)]
-        coded = contexts >= FIRST_CODED
-        steps = np.zeros(contexts.shape, np.int32)
-        steps[coded] = undo_zigzag(decoder.take(tables.corrections.symbols, contexts[coded]))
+        classes = row_classes(excess, odds_context)
+        numbers = decoder.take(tables.corrections.symbols, tables.corrections.coded_contexts(classes))
+        steps = tables.corrections.steps(numbers, classes)
     decoder.finish()
     ids = tables.lists.ids(id_codes, offsets, tokens)
     return StoredRows(offsets, ids, codes, moment_codes_of(odds, excess), scale, offset, steps)
