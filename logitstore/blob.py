@@ -6,6 +6,7 @@ that is read with another codec. Sizes are checked before anything is allocated 
 """
 
 import struct
+import threading
 import zlib
 from dataclasses import dataclass
 
@@ -20,6 +21,17 @@ BLOB_VERSION = 1
 _HEADER = struct.Struct("<4sHHIIIIII")
 HEADER_BYTES = _HEADER.size
 ZSTD_LEVEL = 3
+
+
+class _Zstd(threading.local):
+    """One compressor and one decompressor a thread: making them takes longer than a blob takes them."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True, write_content_size=True)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_ZSTD = _Zstd()
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,7 @@ def input_ids_crc32(input_ids: NDArray[np.int32]) -> int:
 
 def pack_blob(header: BlobHeader, planes: list[bytes]) -> bytes:
     """One zstd frame, content size and checksum written, of the header followed by the planes."""
-    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True, write_content_size=True)
-    return compressor.compress(b"".join([header.pack(), *planes]))
+    return _ZSTD.compressor.compress(b"".join([header.pack(), *planes]))
 
 
 def unpack_blob(blob: bytes | memoryview, *, max_payload_bytes: int) -> tuple[BlobHeader, memoryview]:
@@ -76,7 +87,7 @@ def unpack_blob(blob: bytes | memoryview, *, max_payload_bytes: int) -> tuple[Bl
             f"blob claims {frame.content_size:,} bytes of content, expected {HEADER_BYTES} to {size_limit:,}"
         )
     try:
-        payload = zstandard.ZstdDecompressor().decompress(blob, allow_extra_data=False)
+        payload = _ZSTD.decompressor.decompress(blob, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptionError(f"blob of {len(blob)} bytes is damaged: {error}") from None
     magic, version, *fields = _HEADER.unpack_from(payload)

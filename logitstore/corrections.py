@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.entropy_code import StaticTables, fitted_tables, split_integers
+from logitstore.entropy_code import StaticTables, fitted_tables, symbols_of
 from logitstore.errors import CorruptionError
 from logitstore.tail_moments import COARSE
 
@@ -65,18 +65,36 @@ class CorrectionTables:
         steps[self.contexts[classes_R] < FIRST_CODED] = 0
         return np.clip(steps, -(1 << 20), 1 << 20).astype(np.int32)
 
+    def coded_contexts(self, classes_R: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The context of each coefficient that is coded in rows of these classes, row by row."""
+        from logitstore import correction_loops
+
+        return correction_loops.coded_contexts(classes_R, self.contexts, FIRST_CODED)
+
+    def numbers(self, steps_Rr: NDArray[np.int32], classes_R: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The numbers that code these steps [R, width], in the order of coded_contexts."""
+        from logitstore import correction_loops
+
+        return correction_loops.numbers_of_steps(steps_Rr, classes_R, self.contexts, FIRST_CODED)
+
+    def steps(self, numbers: NDArray[np.int32], classes_R: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The steps [R, width] of which `numbers` made these; as many as coded_contexts says."""
+        from logitstore import correction_loops
+
+        return correction_loops.steps_of_numbers(numbers, classes_R, self.contexts, FIRST_CODED)
+
     def corrections(self, steps_Rr: NDArray[np.int32], classes_R: NDArray[np.int64]) -> NDArray[np.float32]:
         """What these steps add to the prediction [R, width] float32."""
-        size = np.abs(steps_Rr)
-        level = self.levels[self.contexts[classes_R], np.clip(size, 1, N_LEVELS) - 1]
-        value = np.where(size >= N_LEVELS, size + level, level) * np.sign(steps_Rr)
-        return (value * (np.float32(self.step) / np.sqrt(self.weights[classes_R]))[:, None]).astype(np.float32)
+        from logitstore import correction_loops
+
+        unit_C = np.float32(self.step) / np.sqrt(self.weights)
+        return correction_loops.values_of_steps(steps_Rr, classes_R, self.contexts, self.levels, unit_C)
 
 
-def row_classes(excess_codes: NDArray[np.integer], odds_context: NDArray[np.int64]) -> NDArray[np.int64]:
+def row_classes(excess_codes: NDArray[np.integer], odds_context: NDArray[np.integer]) -> NDArray[np.int64]:
     """The class of each present row, from the coarse code of its half moment and the context of its odds (0 to 8)."""
     excess = np.minimum(excess_codes.astype(np.int64) // int(COARSE.excess_steps / 2), N_EXCESS - 1)
-    return odds_context * N_EXCESS + excess
+    return odds_context.astype(np.int64) * N_EXCESS + excess
 
 
 def fit_corrections(
@@ -101,9 +119,8 @@ def fit_corrections(
     levels = np.tile(np.array([1, 2, 0], np.float32), (N_CONTEXTS, 1))
     tables = CorrectionTables(step, weights, contexts, levels, no_symbols)
     steps = tables.quantised(errors_Rr, classes_R)
-    coded_Rr = contexts[classes_R] >= FIRST_CODED
-    symbols, _, _ = split_integers(zigzag(steps[coded_Rr]))
-    fitted = fitted_tables(symbols, contexts[classes_R][coded_Rr], N_CONTEXTS)
+    symbols = symbols_of(tables.numbers(steps, classes_R))
+    fitted = fitted_tables(symbols, tables.coded_contexts(classes_R), N_CONTEXTS)
     levels = _centres(steps, weighted[:, :width] / np.float32(step), contexts[classes_R])
     return CorrectionTables(step, weights, contexts, levels, fitted)
 

@@ -16,17 +16,8 @@ from numpy.typing import NDArray
 
 from logitstore.codec_tables import N_ID_CONTEXTS, N_ODDS_CONTEXTS, N_RANK_GROUPS, CodecTables
 from logitstore.codecs.flat_layout import StoredRows
-from logitstore.codecs.ranked_layout import (
-    canonical_order,
-    codes_of_ids,
-    differences_of_tied,
-    entry_context,
-    head_steps,
-    odds_contexts,
-    rank_groups,
-    zigzag_moments,
-)
-from logitstore.entropy_code import fitted_tables, split_integers
+from logitstore.codecs.ranked_layout import head_steps, id_numbers, odds_contexts, zigzag_moments
+from logitstore.entropy_code import StaticTables, fitted_tables, symbols_of
 from logitstore.head_values import HeadFormat
 from logitstore.id_lists import CandidateLists, IdLists, PairCounts
 from logitstore.planes import offsets_of
@@ -138,19 +129,18 @@ def _row_chunks(
         yield fitting.tokens[rows], fitting.tokens[rows + 1], fitting.rows.ids[index_NK], weights
 
 
-def _symbol_tables(fitting: FittingRows, head_format: HeadFormat, lists: IdLists) -> dict:
+def _symbol_tables(fitting: FittingRows, head_format: HeadFormat, lists: IdLists) -> dict[str, StaticTables]:
+    from logitstore.entry_loops import rank_groups
+
     rows = fitting.rows
     odds, excess = zigzag_moments(rows.moment_codes)
     odds_context = odds_contexts(odds)
-    context = entry_context(rows.codes, rows.offsets)
-    order = canonical_order(lists, rows, fitting.tokens)
-    id_codes = codes_of_ids(lists, rows.ids[order], fitting.tokens, rows.offsets, context)
     counts = fitting.counts
     numbers = {
-        "odds": (odds, np.zeros_like(odds), 1),
+        "odds": (odds, np.zeros_like(odds_context), 1),
         "excess": (excess, odds_context, N_ODDS_CONTEXTS),
         "counts": (counts[counts > 0] - 1, odds_context, N_ODDS_CONTEXTS),
-        "values": (head_steps(rows.codes, rows.offsets, head_format), rank_groups(context.rank), N_RANK_GROUPS),
-        "ids": (differences_of_tied(id_codes, context.tied), context.id_context, N_ID_CONTEXTS),
+        "values": (head_steps(rows.codes, rows.offsets, head_format), rank_groups(rows.offsets), N_RANK_GROUPS),
+        "ids": (*id_numbers(lists, rows, fitting.tokens), N_ID_CONTEXTS),
     }
-    return {name: fitted_tables(split_integers(n)[0], c, size) for name, (n, c, size) in numbers.items()}
+    return {name: fitted_tables(symbols_of(n), c, size) for name, (n, c, size) in numbers.items()}

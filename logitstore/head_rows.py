@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from logitstore.head_values import HeadFormat, QuantisedHead, decode_one_byte
 from logitstore.targets import TeacherTargets
-from logitstore.temperature import log1mexp, segment_logsumexp
 
 
 def decoded_head(
@@ -26,13 +25,12 @@ def decoded_head(
     """
     if head_format.table is None:
         return QuantisedHead(codes.view(np.float16).astype(np.float32), codes, None, None)
-    counts = np.diff(offsets)
     if head_format.derives_offset:
-        relative_E = head_format.table[codes].astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            derived = log1mexp(tail_logmass.astype(np.float64)) - segment_logsumexp(relative_E, offsets)
-        offset = np.where(counts > 0, derived, 0).astype(np.float32)
-        scale = np.ones(len(counts), np.float32)
+        from logitstore.row_loops import log_head
+
+        offset, logps = log_head(codes, offsets, head_format.table, head_format.shares, tail_logmass)
+        return QuantisedHead(logps, codes, np.ones(len(offset), np.float32), offset)
+    counts = np.diff(offsets)
     scale_E, offset_E = (None if number is None else np.repeat(number, counts) for number in (scale, offset))
     return QuantisedHead(decode_one_byte(codes, head_format.table, scale_E, offset_E), codes, scale, offset)
 

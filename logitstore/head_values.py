@@ -56,6 +56,11 @@ class HeadFormat:
     descends: bool = False
     base: int = 0
 
+    @functools.cached_property
+    def shares(self) -> NDArray[np.float64]:
+        """e^table [256], of a one-byte format."""
+        return np.exp(self.table.astype(np.float64))
+
     @property
     def code_type(self) -> type[np.uint8] | type[np.uint16]:
         """The numpy type of a code."""

@@ -30,38 +30,6 @@ class CandidateLists:
     offsets: NDArray[np.int32]
     members: NDArray[np.int32]
 
-    @cached_property
-    def _slots(self) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
-        """Open-addressing hash of (key, member) -> place, for encoding."""
-        lengths = np.diff(self.offsets)
-        keys = np.repeat(np.arange(len(lengths)), lengths)
-        places = np.arange(len(self.members)) - np.repeat(self.offsets[:-1], lengths)
-        return _hash_table(_pair(keys, self.members), places)
-
-    def places(self, keys_E: NDArray[np.integer], ids_E: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Where each id stands in the list of its key [E]; -1 where it does not."""
-        slots, places = self._slots
-        mask = len(slots) - 1
-        pairs = _pair(keys_E.astype(np.int64), ids_E.astype(np.int64))
-        at = _hashed(pairs, mask)
-        result = np.full(len(pairs), -1, np.int64)
-        open_E = np.arange(len(pairs))
-        while len(open_E):
-            found = slots[at]
-            hit = found == pairs[open_E]
-            result[open_E[hit]] = places[at[hit]]
-            goes_on = ~hit & (found >= 0)
-            open_E, at = open_E[goes_on], (at[goes_on] + 1) & mask
-        return result
-
-    def at(self, keys_E: NDArray[np.integer], places_E: NDArray[np.integer]) -> NDArray[np.int32]:
-        """The ids at these places. Raises CorruptionError for a place behind the end of a list."""
-        first, end = self.offsets[keys_E], self.offsets[keys_E + 1]
-        index = first + places_E
-        if np.any(index >= end):
-            raise CorruptionError("an id's code points behind the end of its candidate list")
-        return self.members[index]
-
 
 @dataclass(frozen=True, eq=False)
 class IdLists:
@@ -75,45 +43,45 @@ class IdLists:
     together: CandidateLists
     by_frequency: NDArray[np.int32]
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.by_frequency)
+
     @cached_property
     def _frequency_rank(self) -> NDArray[np.int32]:
         rank = np.empty_like(self.by_frequency)
         rank[self.by_frequency] = np.arange(len(rank), dtype=rank.dtype)
         return rank
 
+    @cached_property
+    def _arrays(self) -> tuple:
+        """beside, after and together as compiled loops take them."""
+        from logitstore.id_loops import Lists
+
+        return tuple(Lists(lists.offsets, lists.members) for lists in (self.beside, self.after, self.together))
+
     def codes(
-        self,
-        ids_E: NDArray[np.int32],
-        is_first_E: NDArray[np.bool_],
-        key_E: NDArray[np.int32],
-        current_E: NDArray[np.int32],
-    ) -> NDArray[np.int64]:
-        """The code of each id [E]. key_E: the next token for first entries, the row's first entry for the others."""
-        first_list = np.empty(len(ids_E), np.int64)
-        for lists, chosen in ((self.beside, is_first_E), (self.together, ~is_first_E)):
-            first_list[chosen] = lists.places(key_E[chosen], ids_E[chosen])
-        second_list = self.after.places(current_E, ids_E)
-        codes = ESCAPE + self._frequency_rank[ids_E].astype(np.int64)
-        codes = np.where(second_list >= 0, np.minimum(codes, 2 * second_list + 1), codes)
-        return np.where(first_list >= 0, np.minimum(codes, 2 * first_list), codes)
+        self, ids_E: NDArray[np.int32], offsets: NDArray[np.int64], tokens: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """The code of each id [E], ids being unique in a row: offsets [R+1] of the rows' entries, tokens [R+1]."""
+        from logitstore import id_loops
+
+        return id_loops.codes_of_ids(ids_E, offsets, tokens, *self._arrays, self._frequency_rank)
 
     def ids(
-        self, codes_E: NDArray[np.int64], lists: CandidateLists, key_E: NDArray[np.int32], current_E: NDArray[np.int32]
+        self, codes_E: NDArray[np.int64], offsets: NDArray[np.int64], tokens: NDArray[np.int32]
     ) -> NDArray[np.int32]:
-        """The ids of codes; lists: beside for first entries, together for others.
+        """The ids of which `codes` made these, at least 0. Raises CorruptionError for a code that no id has."""
+        from logitstore import id_loops
 
-        Raises CorruptionError for a code that no id has.
-        """
-        ids = np.empty(len(codes_E), np.int32)
-        escaped = codes_E >= ESCAPE
-        ranks = codes_E[escaped] - ESCAPE
-        if np.any(ranks >= len(self.by_frequency)):
+        ids_E = np.empty(len(codes_E), np.int32)
+        status = id_loops.ids_of_codes(codes_E, offsets, tokens, *self._arrays, self.by_frequency, ids_E)
+        if status == id_loops.OUTSIDE_VOCABULARY:
             raise CorruptionError(f"an id's code is outside the vocabulary of {len(self.by_frequency)}")
-        ids[escaped] = self.by_frequency[ranks]
-        odd = (codes_E & 1).astype(bool)
-        for source, keys, chosen in ((lists, key_E, ~odd & ~escaped), (self.after, current_E, odd & ~escaped)):
-            ids[chosen] = source.at(keys[chosen], codes_E[chosen] >> 1)
-        return ids
+        if status == id_loops.BEHIND_LIST:
+            raise CorruptionError("an id's code points behind the end of its candidate list")
+        return ids_E
 
 
 class PairCounts:
@@ -164,22 +132,3 @@ def _summed(pairs: NDArray[np.int64], weights: NDArray[np.float64]) -> tuple[NDA
 def _pair(keys: NDArray[np.integer], members: NDArray[np.integer]) -> NDArray[np.int64]:
     """Both ids, of at most 24 bits each, in one number."""
     return (np.asarray(keys, np.int64) << 24) | members
-
-
-def _hashed(pairs: NDArray[np.int64], mask: int) -> NDArray[np.int64]:
-    # multiplicative hashing (Knuth, TAOCP 6.4) on the golden ratio
-    return ((pairs.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(24)).astype(np.int64) & mask
-
-
-def _hash_table(pairs: NDArray[np.int64], values: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
-    """(pair in each slot, -1 where free; its value) with linear probing, at most half full."""
-    size = 1 << max(4, int(2 * len(pairs)).bit_length())
-    slots, slot_values = np.full(size, -1, np.int64), np.zeros(size, np.int16)
-    left, at = np.arange(len(pairs)), _hashed(pairs, size - 1)
-    while len(left):
-        free = slots[at] < 0
-        slots[at[free]] = pairs[left[free]]  # where several want one slot, the last of them has it
-        placed = free & (slots[at] == pairs[left])
-        slot_values[at[placed]] = values[left[placed]]
-        left, at = left[~placed], (at[~placed] + 1) & (size - 1)
-    return slots, slot_values

@@ -66,9 +66,19 @@ def check_logit_rows(logits: Any, n_tokens: int) -> None:
 
 
 def checked_rows(
-    ids: Any, logps: Any, tail_logmass: Any, tail_logmoment_half: Any, *, keep_mask: NDArray[np.bool_], vocab_size: int
+    ids: Any,
+    logps: Any,
+    tail_logmass: Any,
+    tail_logmoment_half: Any,
+    *,
+    keep_mask: NDArray[np.bool_],
+    vocab_size: int,
+    compiled: bool = False,
 ) -> GivenRows:
-    """The rows that keep_mask keeps. Raises ValueError for what is no list of top entries with two moments."""
+    """The rows that keep_mask keeps; compiled: True where loading compiled loops for it pays.
+
+    Raises ValueError for what is no list of top entries with two moments.
+    """
     given = GivenRows(
         as_numpy(ids).astype(np.int64),
         as_numpy(logps).astype(np.float32),
@@ -81,7 +91,8 @@ def checked_rows(
     if given.tail_logmass.shape != (n_given,) or given.tail_logmoment_half.shape != (n_given,):
         raise ValueError(f"tail moments must be [{n_given}], got {given[2].shape} and {given[3].shape}")
     given = GivenRows(*_kept(given, keep_mask))
-    _check_values(given, vocab_size)
+    if not (compiled and _are_sound(given, vocab_size)):
+        _check_values(given, vocab_size)
     return given._replace(logps=np.minimum(given.logps, 0))
 
 
@@ -119,11 +130,18 @@ def _kept(columns: Iterable[NDArray], keep_mask: NDArray[np.bool_]) -> list[NDAr
     """The kept rows of columns that hold them alone, or all rows. Raises ValueError for any other number of rows."""
     columns = list(columns)
     n_given, n_kept = len(columns[0]), int(keep_mask.sum())
-    if n_given == len(keep_mask):
+    if n_given == len(keep_mask) != n_kept:
         return [column[keep_mask] for column in columns]
     if n_given != n_kept:
         raise ValueError(f"{n_given} rows given, expected {len(keep_mask)}, or the {n_kept} that keep_mask keeps")
     return columns
+
+
+def _are_sound(given: GivenRows, vocab_size: int) -> bool:
+    """True where _check_values finds nothing."""
+    from logitstore.row_loops import given_rows_are_sound
+
+    return given_rows_are_sound(*map(np.ascontiguousarray, given), vocab_size, _ROUNDING)
 
 
 def _check_values(given: GivenRows, vocab_size: int) -> None:

@@ -55,10 +55,16 @@ def selected(given: GivenRows, selection: Selection, head_format: HeadFormat) ->
 def _moved_to_tail(given: GivenRows, logps_NK: NDArray[np.float32], moved_NK: NDArray[np.bool_]) -> GivenRows:
     if not moved_NK.any():
         return given
-    logps = np.where(moved_NK, logps_NK, -np.inf).astype(np.float64)
+    moved = np.where(moved_NK, logps_NK, -np.inf).astype(np.float64)
+    peak_N1 = moved.max(axis=1, keepdims=True)
+    peak_N1[np.isneginf(peak_N1)] = 0
+    roots = np.exp((moved - peak_N1) / 2)  # relative to the peak, so that masses that float64 cannot hold are kept
+    with np.errstate(divide="ignore"):
+        mass_N = np.log(np.einsum("nk,nk->n", roots, roots)) + peak_N1[:, 0]
+        half_N = np.log(roots.sum(axis=1)) + peak_N1[:, 0] / 2
     return GivenRows(
         np.where(moved_NK, -1, given.ids),
         given.logps,
-        np.logaddexp(given.tail_logmass, np.logaddexp.reduce(logps, axis=1)).astype(np.float32),
-        np.logaddexp(given.tail_logmoment_half, np.logaddexp.reduce(logps / 2, axis=1)).astype(np.float32),
+        np.logaddexp(given.tail_logmass, mass_N).astype(np.float32),
+        np.logaddexp(given.tail_logmoment_half, half_N).astype(np.float32),
     )

@@ -12,6 +12,7 @@ A tail whose odds are below e^-64 is stored as e^-64 and one above e^20 as e^20 
 2^24 stays below e^17); no tail at all (-inf) has the code 65535 in both places.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,12 +69,10 @@ def encode_moments(logmass: Float32, logmoment_half: Float32, grid: MomentGrid =
 
 def decode_moments(odds_codes: Codes, excess_codes: Codes, grid: MomentGrid = FINE) -> tuple[Float32, Float32]:
     """(log-mass, half moment) float32 in nats. Raises CorruptionError where one code says no tail and one a tail."""
-    no_tail = odds_codes == NO_TAIL
-    if np.any(no_tail != (excess_codes == NO_TAIL)):
+    if not np.array_equal(odds_codes == NO_TAIL, excess_codes == NO_TAIL):
         raise CorruptionError("one tail moment says that there is no tail, the other that there is one")
-    mass = decode_logmass(odds_codes, grid)
-    half = _logmass(odds_codes, grid) / 2 + excess_codes / grid.excess_steps
-    return mass.astype(np.float32), np.where(no_tail, -np.inf, half).astype(np.float32)
+    mass = decode_logmass(odds_codes, grid)  # and -inf without a tail, as its half is then
+    return mass.astype(np.float32), (mass / 2 + excess_codes / grid.excess_steps).astype(np.float32)
 
 
 def encode_logmass(logmass: Float32, grid: MomentGrid = FINE) -> Codes:
@@ -88,10 +87,13 @@ def encode_logmass(logmass: Float32, grid: MomentGrid = FINE) -> Codes:
 
 def decode_logmass(odds_codes: Codes, grid: MomentGrid = FINE) -> NDArray[np.float64]:
     """The log-mass in nats; -inf for NO_TAIL. Raises CorruptionError for a code that stands for nothing."""
-    no_tail = odds_codes == NO_TAIL
-    if np.any((odds_codes > grid.greatest_odds_code) & ~no_tail):
-        raise CorruptionError(f"a tail moment has a code above {grid.greatest_odds_code}")
-    return np.where(no_tail, -np.inf, _logmass(odds_codes, grid))
+    above = odds_codes > grid.greatest_odds_code
+    mass = _logmass(odds_codes, grid)
+    if above.any():
+        if np.any(odds_codes[above] != NO_TAIL):
+            raise CorruptionError(f"a tail moment has a code above {grid.greatest_odds_code}")
+        mass[above] = -np.inf
+    return mass
 
 
 def _logodds(logmass: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -101,6 +103,11 @@ def _logodds(logmass: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _logmass(odds_codes: Codes, grid: MomentGrid) -> NDArray[np.float64]:
-    """ln(sigmoid(odds)), which is below 0 for every code."""
-    odds = odds_codes / grid.odds_steps - ODDS_OFFSET
+    """ln(sigmoid(odds)), which is below 0 for every code; anything for codes above the greatest."""
+    return np.take(_logmass_of_codes(grid), odds_codes, mode="clip")
+
+
+@functools.lru_cache(maxsize=2)
+def _logmass_of_codes(grid: MomentGrid) -> NDArray[np.float64]:
+    odds = np.arange(grid.greatest_odds_code + 1) / grid.odds_steps - ODDS_OFFSET
     return -np.logaddexp(0.0, -odds)

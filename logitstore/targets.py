@@ -91,7 +91,7 @@ class TeacherTargets:
 
     def validate(self) -> None:
         """Raises CorruptionError, naming the first row that breaks an invariant of the class docstring."""
-        self._validate_shapes()
+        self.validate_shapes()
         counts = self.counts
         row_E = np.repeat(np.arange(self.n_rows), counts)
         _refuse(row_E, (self.ids < 0) | (self.ids >= self.vocab_size), f"an id outside 0..{self.vocab_size - 1}")
@@ -116,7 +116,8 @@ class TeacherTargets:
             _refuse(rows, present & ~np.isneginf(mass), "samples and a tail; samples stand for the whole vocabulary")
             _refuse(rows, present & ~(np.abs(sums) < _WEIGHT_SUM_ERROR), "weights that do not sum to 1")
 
-    def _validate_shapes(self) -> None:
+    def validate_shapes(self) -> None:
+        """The part of validate that asks whether the arrays' sizes fit together."""
         n_rows, n_entries = self.n_rows, len(self.ids)
         if n_rows != max(len(self.input_ids) - 1, 0):
             raise CorruptionError(f"{n_rows} rows for {len(self.input_ids)} tokens, expected one row fewer than tokens")

@@ -74,10 +74,13 @@ def test_modules_have_no_import_cycles() -> None:
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import logitstore", ["torch", "pyarrow", "transformers", "logitstore_kernels", "logitstore_trainer"]),
+        (
+            "import logitstore",
+            ["torch", "pyarrow", "numba", "transformers", "logitstore_kernels", "logitstore_trainer"],
+        ),
         ("import logitstore_kernels", ["transformers", "pyarrow", "logitstore"]),
-        ("from logitstore_trainer import collate, TeacherDecoder", ["transformers", "pyarrow"]),
-        ("import logitstore_trainer.cli", ["torch", "transformers", "pyarrow", "matplotlib", "numpy.f2py"]),
+        ("from logitstore_trainer import collate, TeacherDecoder", ["transformers", "pyarrow", "numba"]),
+        ("import logitstore_trainer.cli", ["torch", "transformers", "pyarrow", "matplotlib", "numba", "numpy.f2py"]),
     ],
 )
 def test_imports_are_light(code: str, absent: list[str]) -> None:
@@ -86,7 +89,7 @@ def test_imports_are_light(code: str, absent: list[str]) -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_reading_a_store_needs_neither_torch_nor_pyarrow(tmp_path: Path) -> None:
+def test_reading_a_store_of_flat_rows_needs_neither_torch_nor_pyarrow_nor_numba(tmp_path: Path) -> None:
     import numpy as np
 
     import logitstore
@@ -96,7 +99,7 @@ def test_reading_a_store_needs_neither_torch_nor_pyarrow(tmp_path: Path) -> None
         writer.append(0, [1, 2, 3], codec.targets_from_logits(np.zeros((3, 20), np.float32), [1, 2, 3]))
     check = (
         "import sys, logitstore; store = logitstore.open(sys.argv[1]); dense = store[0].targets.dense_logprobs(2.0); "
-        "print(dense.shape, [m for m in ('torch', 'pyarrow') if m in sys.modules])"
+        "print(dense.shape, [m for m in ('torch', 'pyarrow', 'numba') if m in sys.modules])"
     )
     command = [sys.executable, "-c", check, str(tmp_path / "x.parquet")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "(2, 20) []"

@@ -115,7 +115,22 @@ def check_targets(codec: Codec, targets: TeacherTargets, tokens: NDArray[np.int3
             f"targets hold {kinds[targets.is_sampled]}, the codec {codec.config['name']!r} stores "
             f"{kinds[not targets.is_sampled]}; make them with its own targets_from_logits"
         )
-    targets.validate()
+    targets.validate_shapes()
+    check_rows(codec, targets)
     most = int(targets.counts.max(initial=0))
     if most > max_entries:
         raise SpecMismatchError(f"a row of the targets has {most} entries, the codec keeps {max_entries}")
+
+
+def check_rows(codec: Codec, targets: TeacherTargets) -> None:
+    """targets.validate(), by compiled loops for a fitted codec, which needs some anyway; sizes have been validated.
+
+    Raises CorruptionError.
+    """
+    if codec.tables_sha256 is not None and not targets.is_sampled:
+        from logitstore.row_loops import rows_are_sound
+
+        moments = targets.tail_logmass, targets.tail_logmoment_half
+        if rows_are_sound(targets.offsets, targets.ids, targets.logps, *moments, targets.vocab_size):
+            return
+    targets.validate()  # says which row holds what

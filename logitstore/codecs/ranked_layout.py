@@ -11,44 +11,25 @@ Letters: R rows, P present rows, E entries.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.blob import BlobHeader, pack_blob
-from logitstore.codec_tables import N_RANK_GROUPS, N_TIE_SIZES, CodecTables
+from logitstore.codec_tables import CodecTables
 from logitstore.codecs.checks import check_counts
 from logitstore.codecs.flat_layout import StoredRows
-from logitstore.corrections import FIRST_CODED, row_classes, undo_zigzag, zigzag
-from logitstore.entropy_code import (
-    RawBits,
-    SymbolDecoder,
-    SymbolEncoder,
-    join_integers,
-    pack_raw_bits,
-    raw_bits_of,
-    split_integers,
-)
+from logitstore.corrections import row_classes, undo_zigzag, zigzag
+from logitstore.entropy_code import NumberDecoder, NumberEncoder
 from logitstore.errors import CorruptionError
 from logitstore.head_values import HeadFormat
 from logitstore.id_lists import IdLists
-from logitstore.planes import PlaneReader, delta_along_rank, offsets_of, undo_delta_along_rank
+from logitstore.planes import PlaneReader, offsets_of
 from logitstore.tail_moments import COARSE, NO_TAIL, ODDS_OFFSET
 
 CODEC_ID = 2
 _CENTRE = int((ODDS_OFFSET - 2) * COARSE.odds_steps)  # tails of e^-2 are the most common
 _BYTES_OF_ROW, _BYTES_OF_ENTRY, _BYTES_OF_CORRECTION = 24, 9, 5  # more than any of them can take
-
-
-class EntryContext(NamedTuple):
-    """What is known of each entry [E] before its id: row, rank in its row, tied (same head code as the entry before
-    it, the first entry of a row excepted), and the context of its id."""
-
-    row: NDArray[np.int64]
-    rank: NDArray[np.int64]
-    tied: NDArray[np.bool_]
-    id_context: NDArray[np.int64]
 
 
 def encode_ranked(
@@ -59,36 +40,27 @@ def encode_ranked(
     rows: StoredRows,
 ) -> bytes:
     """The blob of these rows; the header's counts of rows and entries are filled in here."""
+    from logitstore.entry_loops import rank_groups
+
     counts = np.diff(rows.offsets)
     present = counts > 0
-    rows = rows._replace(ids=rows.ids[canonical_order(tables.lists, rows, tokens)])
-    context = entry_context(rows.codes, rows.offsets)
+    encoder = NumberEncoder()
     odds, excess = zigzag_moments(rows.moment_codes)
     odds_context = odds_contexts(odds)
-    id_codes = codes_of_ids(tables.lists, rows.ids, tokens, rows.offsets, context)
-    groups = [
-        (tables.odds, odds, np.zeros_like(odds)),
-        (tables.excess, excess, odds_context),
-        (tables.counts, counts[present] - 1, odds_context),
-        (tables.values, head_steps(rows.codes, rows.offsets, head_format), rank_groups(context.rank)),
-        (tables.ids, differences_of_tied(id_codes, context.tied), context.id_context),
-    ]
+    encoder.put(tables.odds, odds, np.zeros(len(odds), np.uint8))
+    encoder.put(tables.excess, excess, odds_context)
+    encoder.put(tables.counts, counts[present] - 1, odds_context)
+    encoder.put(tables.values, head_steps(rows.codes, rows.offsets, head_format), rank_groups(rows.offsets))
+    encoder.put(tables.ids, *id_numbers(tables.lists, rows, tokens))
     if tables.corrections is not None and rows.correction_steps is not None:
-        contexts = tables.corrections.contexts[row_classes(excess, odds_context)]
-        coded = contexts >= FIRST_CODED
-        groups.append((tables.corrections.symbols, zigzag(rows.correction_steps[coded]), contexts[coded]))
-    encoder, raw, n_raw = SymbolEncoder(), [], []
-    for symbol_tables, numbers, contexts in groups:
-        symbols, bits, n_bits = split_integers(numbers)
-        encoder.put(symbol_tables, symbols, contexts)
-        raw.append(bits)
-        n_raw.append(n_bits)
-    words = encoder.words()
+        classes = row_classes(excess, odds_context)
+        numbers = tables.corrections.numbers(rows.correction_steps, classes)
+        encoder.put(tables.corrections.symbols, numbers, tables.corrections.coded_contexts(classes))
+    words, raw = encoder.coded()
     planes = [] if present.all() else [np.packbits(present, bitorder="little").tobytes()]
     if head_format.has_row_scale and rows.scale is not None and rows.offset is not None:
         planes += [numbers[present].astype("<f2").tobytes() for numbers in (rows.scale, rows.offset)]
-    planes += [np.uint32(len(words)).astype("<u4").tobytes(), words.astype("<u4").tobytes()]
-    planes.append(pack_raw_bits(np.concatenate(raw), np.concatenate(n_raw)))
+    planes += [np.uint32(len(words)).astype("<u4").tobytes(), words.astype("<u4").tobytes(), raw.tobytes()]
     return pack_blob(replace(header, n_present=int(present.sum()), n_entries=len(rows.ids)), planes)
 
 
@@ -102,6 +74,8 @@ def decode_ranked(
     k: int,
 ) -> StoredRows:
     """The rows of a blob that checks.opened_blob has opened. Raises CorruptionError."""
+    from logitstore.entry_loops import id_contexts, rank_groups, undo_differences_of_tied
+
     if header.n_entries > header.n_present * k:
         raise CorruptionError(f"blob claims {header.n_entries} entries in {header.n_present} rows of {k} at most")
     present = np.ones(header.n_rows, bool)
@@ -115,32 +89,25 @@ def decode_ranked(
         scale, offset = (np.zeros(header.n_rows, np.float32) for _ in range(2))
         scale[present], offset[present] = (planes.take("<f2", header.n_present) for _ in range(2))
     n_words = int(planes.take("<u4", 1)[0])
-    decoder, raw = SymbolDecoder(planes.take("<u4", n_words)), RawBits(planes.take_rest())
+    decoder = NumberDecoder(planes.take("<u4", n_words), planes.take_rest())
 
-    def numbers(symbol_tables, contexts):
-        symbols = decoder.take(symbol_tables, contexts)
-        return join_integers(symbols, raw.take(raw_bits_of(symbols)))
-
-    odds = numbers(tables.odds, np.zeros(header.n_present, np.uint16))
+    odds = decoder.take(tables.odds, np.zeros(header.n_present, np.uint8))
     odds_context = odds_contexts(odds)
-    excess = numbers(tables.excess, odds_context)
+    excess = decoder.take(tables.excess, odds_context)
     counts = np.zeros(header.n_rows, np.int64)
-    counts[present] = numbers(tables.counts, odds_context) + 1
+    counts[present] = decoder.take(tables.counts, odds_context) + 1
     check_counts(counts, header, max_entries=k)
     offsets = offsets_of(counts)
-    rank = np.arange(header.n_entries) - np.repeat(offsets[:-1], counts)
-    codes = codes_of_steps(numbers(tables.values, rank_groups(rank)), offsets, head_format)
-    context = entry_context(codes, offsets)
-    id_codes = undo_differences_of_tied(numbers(tables.ids, context.id_context), context.tied)
+    codes = codes_of_steps(decoder.take(tables.values, rank_groups(offsets)), offsets, head_format)
+    tied, contexts = id_contexts(codes, offsets)
+    id_codes = undo_differences_of_tied(decoder.take(tables.ids, contexts), tied)
     steps = None
     if tables.corrections is not None:
-        contexts = tables.corrections.contexts[row_classes(excess, odds_context)]
-        coded = contexts >= FIRST_CODED
-        steps = np.zeros(contexts.shape, np.int32)
-        steps[coded] = undo_zigzag(numbers(tables.corrections.symbols, contexts[coded]))
+        classes = row_classes(excess, odds_context)
+        numbers = decoder.take(tables.corrections.symbols, tables.corrections.coded_contexts(classes))
+        steps = tables.corrections.steps(numbers, classes)
     decoder.finish()
-    raw.finish()
-    ids = ids_of_codes(tables.lists, id_codes, tokens, offsets, context)
+    ids = tables.lists.ids(id_codes, offsets, tokens)
     return StoredRows(offsets, ids, codes, moment_codes_of(odds, excess), scale, offset, steps)
 
 
@@ -149,58 +116,56 @@ def max_row_bytes(vocab_size: int, k: int, n_corrections: int) -> int:
     return _BYTES_OF_ROW + min(k, vocab_size) * _BYTES_OF_ENTRY + n_corrections * _BYTES_OF_CORRECTION
 
 
-def canonical_order(lists: IdLists, rows: StoredRows, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Entry indices [E] that put each run of equal head codes in the order of its id codes; first entries stay."""
-    context = entry_context(rows.codes, rows.offsets)
-    id_codes = codes_of_ids(lists, rows.ids, tokens, rows.offsets, context)
-    return np.argsort((np.cumsum(~context.tied) << 26) | id_codes, kind="stable")
+def canonical_ids(lists: IdLists, rows: StoredRows, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The ids of the rows [E], each run of equal head codes in the order of its id codes; first entries stay."""
+    return _canonical(lists, rows, tokens)[0]
 
 
-def entry_context(codes: NDArray[np.integer], offsets: NDArray[np.int64]) -> EntryContext:
-    """What the head codes of all rows say of each entry."""
-    counts = np.diff(offsets)
-    row = np.repeat(np.arange(len(counts)), counts)
-    rank = np.arange(len(codes)) - offsets[row]
-    tied = np.zeros(len(codes), bool)
-    tied[1:] = (codes[1:] == codes[:-1]) & (rank[1:] > 1)
-    run = np.cumsum(~tied) - 1
-    size = _BIT_LENGTH_OF_LESS_ONE[np.minimum(np.bincount(run, minlength=1), 32)][run] if len(codes) else run
-    id_context = np.where(tied, 3 * N_RANK_GROUPS + size - 1, 3 * rank_groups(rank) + np.minimum(size, 2))
-    return EntryContext(row, rank, tied, id_context)
+def id_numbers(
+    lists: IdLists, rows: StoredRows, tokens: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """(numbers that code the ids [E], their contexts [E])."""
+    from logitstore.entry_loops import differences_of_tied
+
+    _, id_codes, tied, contexts = _canonical(lists, rows, tokens)
+    return differences_of_tied(id_codes, tied), contexts
 
 
-# ceil(log2(size)) of a run of equal entries, 5 for 17 and more
-_BIT_LENGTH_OF_LESS_ONE = np.array([0, *(min((n - 1).bit_length(), N_TIE_SIZES) for n in range(1, 33))])
-_RANK_GROUPS = np.array([min(rank if rank < 4 else 2 + int(np.log2(rank)), N_RANK_GROUPS - 1) for rank in range(256)])
+def _canonical(
+    lists: IdLists, rows: StoredRows, tokens: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_], NDArray[np.uint8]]:
+    """(ids, id codes, tied, context of the id), each [E], in canonical order."""
+    from logitstore.entry_loops import id_contexts, sort_tied
+
+    tied, contexts = id_contexts(rows.codes, rows.offsets)
+    id_codes, ids = lists.codes(rows.ids, rows.offsets, tokens), rows.ids.copy()
+    sort_tied(ids, id_codes, tied)
+    return ids, id_codes, tied, contexts
 
 
-def rank_groups(rank: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The group of a rank: 0, 1, 2, 3, then one an octave, from 128 on the last."""
-    return _RANK_GROUPS[np.minimum(rank, 255)]
-
-
-def head_steps(
-    codes: NDArray[np.integer], offsets: NDArray[np.int64], head_format: HeadFormat
-) -> NDArray[np.unsignedinteger]:
+def head_steps(codes: NDArray[np.integer], offsets: NDArray[np.int64], head_format: HeadFormat) -> NDArray[np.int32]:
     """Each code's distance from the one before it in its row, a first one's from the format's base; never negative."""
-    based = _based(codes.astype(head_format.code_type), head_format)
-    return delta_along_rank(based, offsets)
+    from logitstore.entry_loops import steps_of_codes
+
+    return steps_of_codes(codes, offsets, *_range_and_direction(head_format))
 
 
 def codes_of_steps(
-    steps: NDArray[np.int64], offsets: NDArray[np.int64], head_format: HeadFormat
+    steps: NDArray[np.int32], offsets: NDArray[np.int64], head_format: HeadFormat
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """The codes of which head_steps made these."""
-    greatest = np.iinfo(head_format.code_type).max
-    if np.any(steps > greatest):
+    """The codes of which head_steps made these. Raises CorruptionError for a step beyond the format's range."""
+    from logitstore import entry_loops
+
+    codes = np.empty(len(steps), head_format.code_type)
+    greatest, base, descends = _range_and_direction(head_format)
+    if entry_loops.codes_of_steps(steps, offsets, greatest, base, descends, codes) != entry_loops.OK:
         raise CorruptionError(f"a head code's step is {steps.max()}, beyond the {greatest} of its format")
-    return _based(undo_delta_along_rank(steps.astype(head_format.code_type), offsets), head_format)
+    return codes
 
 
-def _based(codes: NDArray, head_format: HeadFormat) -> NDArray:
-    """code - base, or base - code where codes fall, modulo the code's range; its own inverse for falling codes."""
-    base = codes.dtype.type(head_format.base)
-    return base - codes if head_format.descends else codes ^ base if head_format.base else codes
+def _range_and_direction(head_format: HeadFormat) -> tuple[int, int, bool]:
+    """(greatest code, code from which a row's first step is taken, True where codes fall from there)."""
+    return (1 << 8 * head_format.code_bytes) - 1, head_format.base, head_format.descends
 
 
 def zigzag_moments(
@@ -216,70 +181,26 @@ def moment_codes_of(
     odds: NDArray[np.int64], excess: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """The codes of which zigzag_moments made these. Raises CorruptionError for integers beyond 16 bits."""
-    codes = undo_zigzag(odds - 1) + _CENTRE
-    if np.any((codes < 0) | (codes >= NO_TAIL) | (excess >= NO_TAIL)):
+    if np.any(odds > _GREATEST_ODDS) or np.any(excess >= NO_TAIL):
         raise CorruptionError("a tail moment's code is outside its range")
-    no_tail = odds == 0
-    return np.where(no_tail, NO_TAIL, codes).astype(np.uint16), np.where(no_tail, NO_TAIL, excess).astype(np.uint16)
+    excess_codes = excess.astype(np.uint16)
+    excess_codes[odds == 0] = NO_TAIL
+    return _ODDS_CODES[odds], excess_codes
 
 
-def odds_contexts(odds: NDArray[np.int64]) -> NDArray[np.int64]:
+def odds_contexts(odds: NDArray[np.integer]) -> NDArray[np.uint8]:
     """0 for no tail, else 1 to 8: the tail's log-odds in steps of 2 nats from below -8 on."""
-    nats = undo_zigzag(odds - 1) / COARSE.odds_steps - 2
-    return np.where(odds == 0, 0, 1 + np.clip(np.floor(nats / 2) + 4, 0, 7)).astype(np.int64)
+    return _ODDS_CONTEXTS[np.minimum(odds, _GREATEST_ODDS)]
+
+
+_GREATEST_ODDS = 2 * max(_CENTRE, COARSE.greatest_odds_code - _CENTRE)  # of the numbers that stand for odds
+_DISTANCE = undo_zigzag(np.arange(_GREATEST_ODDS + 1) - 1)
+_ODDS_CODES = np.where(np.arange(_GREATEST_ODDS + 1) == 0, NO_TAIL, _DISTANCE + _CENTRE).astype(np.uint16)
+_ODDS_CONTEXTS = np.clip(_DISTANCE // int(2 * COARSE.odds_steps) + 4, 1, 8).astype(np.uint8)
+_ODDS_CONTEXTS[0] = 0
 
 
 def moment_classes(moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]]) -> NDArray[np.int64]:
     """The class of each present row [P], which decides how its corrections are coded."""
     odds, excess = zigzag_moments(moment_codes)
     return row_classes(excess, odds_contexts(odds))
-
-
-def codes_of_ids(
-    lists: IdLists,
-    ids: NDArray[np.int32],
-    tokens: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-    context: EntryContext,
-) -> NDArray[np.int64]:
-    """The id code of each entry [E]."""
-    is_first = context.rank == 0
-    key = np.where(is_first, tokens[1:][context.row], _first_ids(ids, offsets)[context.row])
-    return lists.codes(ids, is_first, key, tokens[context.row])
-
-
-def ids_of_codes(
-    lists: IdLists,
-    id_codes: NDArray[np.int64],
-    tokens: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-    context: EntryContext,
-) -> NDArray[np.int32]:
-    """The ids of which codes_of_ids made these; first entries first, for the others' lists hang on them."""
-    is_first = context.rank == 0
-    row, current = context.row, tokens[context.row]
-    ids = np.empty(len(id_codes), np.int32)
-    ids[is_first] = lists.ids(id_codes[is_first], lists.beside, tokens[1:][row[is_first]], current[is_first])
-    key = _first_ids(ids, offsets)[row[~is_first]]
-    ids[~is_first] = lists.ids(id_codes[~is_first], lists.together, key, current[~is_first])
-    return ids
-
-
-def _first_ids(ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The id of each row's first entry [R]; anything for an absent row."""
-    return ids[np.minimum(offsets[:-1], len(ids) - 1)] if len(ids) else np.zeros(len(offsets) - 1, np.int32)
-
-
-def differences_of_tied(id_codes: NDArray[np.int64], tied: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Codes, and for a tied entry what its code has beyond one more than the code before it."""
-    before = np.zeros_like(id_codes)
-    before[1:] = id_codes[:-1] + 1
-    return id_codes - np.where(tied, before, 0)
-
-
-def undo_differences_of_tied(differences: NDArray[np.int64], tied: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The codes of which differences_of_tied made these."""
-    running = np.cumsum(differences + tied)
-    starts = np.flatnonzero(~tied)
-    before_run = running[starts] - differences[starts]
-    return running - np.repeat(before_run, np.diff(np.append(starts, len(tied))))

@@ -24,6 +24,7 @@ from logitstore.codec_tables import CodecTables
 from logitstore.codecs import flat_layout, ranked_layout
 from logitstore.codecs.checks import (
     MAX_VOCAB_SIZE,
+    check_rows,
     check_targets,
     expected_header,
     opened_blob,
@@ -31,7 +32,7 @@ from logitstore.codecs.checks import (
     require_tables,
 )
 from logitstore.codecs.flat_layout import StoredRows, decode_flat, encode_flat
-from logitstore.codecs.ranked_layout import canonical_order, decode_ranked, encode_ranked
+from logitstore.codecs.ranked_layout import canonical_ids, decode_ranked, encode_ranked
 from logitstore.errors import SpecMismatchError
 from logitstore.fit_cache import FitCache
 from logitstore.head_rows import decoded_head, head_on_grid, quantised_head
@@ -56,7 +57,8 @@ class TopKCodec:
     "sqrtp" (of sqrt(p)), None for the default. tail: "residual" or "predicted"; tail_step: of the corrections of a
     predicted tail, in units in which a step of s costs s^2 / 24 nats of KL a direction, None for no corrections.
     min_prob, top_p: see Selection. tables_sha256: hash of the tables that a fitted codec codes with, None for an
-    unfitted one; tables: these, where they are at hand. Raises ValueError for anything else.
+    unfitted one; tables: these, where they are at hand. Raises ValueError for anything else, SpecMismatchError for
+    tables of another vocabulary.
     """
 
     vocab_size: int
@@ -85,6 +87,10 @@ class TopKCodec:
         _ = self.head_format, self._selection
         if self.tables is not None and self.tables.sha256 != self.tables_sha256:
             raise ValueError(f"tables have SHA-256 {self.tables.sha256}, the codec names {self.tables_sha256}")
+        if self.tables is not None and self.tables.lists.vocab_size != self.vocab_size:
+            raise SpecMismatchError(
+                f"tables are for a vocabulary of {self.tables.lists.vocab_size}, the codec has {self.vocab_size}"
+            )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -203,7 +209,15 @@ class TopKCodec:
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         keep = checked_keep_mask(keep_mask, len(tokens))
-        rows = checked_rows(ids, logps, tail_logmass, tail_logmoment_half, keep_mask=keep, vocab_size=self.vocab_size)
+        rows = checked_rows(
+            ids,
+            logps,
+            tail_logmass,
+            tail_logmoment_half,
+            keep_mask=keep,
+            vocab_size=self.vocab_size,
+            compiled=self.is_fitted,
+        )
         rows = selected(rows, self._selection, self.head_format)
         entry_NK = rows.ids >= 0
         counts = np.zeros(len(keep), np.int64)
@@ -215,7 +229,7 @@ class TopKCodec:
         kept = rows.ids[entry_NK].astype(np.int32)
         if self.tables_sha256 is not None:
             stored = StoredRows(offsets, kept, head.codes, moment_codes, None, None)
-            kept = kept[canonical_order(require_tables(self).lists, stored, tokens)]
+            kept = canonical_ids(require_tables(self).lists, stored, tokens)
         targets = self._targets(tokens, offsets, kept, head, moments)
         return self._with_corrections(targets, teacher_coefs) if self._codes_corrections else targets
 
@@ -297,7 +311,7 @@ class TopKCodec:
         moments = self._moments(rows.moment_codes, np.diff(rows.offsets) > 0)
         head = decoded_head(self.head_format, rows.codes, rows.offsets, moments[0], rows.scale, rows.offset)
         targets = self._targets(tokens, rows.offsets, rows.ids, head, moments)
-        targets.validate()
+        check_rows(self, targets)
         if rows.correction_steps is not None:
             present = targets.present
             corrections = self._corrections(rows.correction_steps, rows.moment_codes, present)
@@ -308,8 +322,11 @@ class TopKCodec:
         self, moment_codes: tuple[NDArray[np.uint16], NDArray[np.uint16]], present: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Log-mass and half moment of all rows [R], NaN in absent ones, from the codes of the present ones."""
+        moments_P = decode_moments(*moment_codes, self._grid)
+        if present.all():
+            return moments_P
         moments_R = np.full((2, len(present)), np.nan, np.float32)
-        moments_R[:, present] = decode_moments(*moment_codes, self._grid)
+        moments_R[:, present] = moments_P
         return moments_R[0], moments_R[1]
 
     def _targets(

@@ -134,6 +134,12 @@ def test_a_saved_codec_with_damaged_swapped_or_missing_tables_is_refused(tmp_pat
             getattr(bare, method)(subject, case.input_ids)
 
 
+def test_tables_of_another_vocabulary_are_refused() -> None:
+    other = logitstore.make_codec("topk", vocab_size=VOCAB_SIZE + 1, k=8, head="log")
+    with pytest.raises(logitstore.SpecMismatchError, match="tables are for a vocabulary of 60, the codec has 61"):
+        other.with_tables(fitted().tables)
+
+
 def test_a_codec_without_anything_fitted_has_no_tables() -> None:
     with pytest.raises(ValueError, match="codec 'rskd' has nothing that is fitted"):
         logitstore.make_codec("rskd", vocab_size=10, tables="0" * 64)

@@ -1,5 +1,7 @@
 """Corrections: within half a step of what was left over, in small numbers, put back where the centre of them lies."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,34 @@ def test_what_came_back_is_coded_alike_again() -> None:
     tables = fit_corrections(0.7, errors, weights, classes)
     steps = tables.quantised(errors, classes)
     np.testing.assert_array_equal(tables.quantised(tables.corrections(steps, classes), classes), steps)
+
+
+def test_numbers_and_values_are_those_of_plain_python() -> None:
+    errors, weights, classes = some_errors(0)
+    tables = fit_corrections(0.3, errors, weights, classes)
+    contexts = tables.contexts.copy()
+    contexts[9, [0, 3]] = 0, FIRST_CODED - 1
+    tables = replace(tables, contexts=contexts)
+    fresh, _, classes = some_errors(2, 50)
+    steps = tables.quantised(fresh, classes)
+    assert np.abs(steps).max() > 3
+    numbers, contexts = [], []
+    values = np.zeros(steps.shape, np.float32)
+    for row, row_class in enumerate(classes):
+        for column, context in enumerate(tables.contexts[row_class]):
+            step = int(steps[row, column])
+            if context >= FIRST_CODED:
+                numbers.append(2 * step if step >= 0 else -2 * step - 1)
+                contexts.append(context)
+            if step:
+                level = float(tables.levels[context, min(abs(step), 3) - 1]) + (abs(step) if abs(step) >= 3 else 0)
+                unit = np.float32(tables.step) / np.sqrt(tables.weights[row_class])
+                values[row, column] = np.sign(step) * level * float(unit)
+    assert len(numbers) < steps.size
+    np.testing.assert_array_equal(tables.numbers(steps, classes), numbers)
+    np.testing.assert_array_equal(tables.coded_contexts(classes), contexts)
+    np.testing.assert_array_equal(tables.steps(np.array(numbers, np.int32), classes), steps)
+    np.testing.assert_array_equal(tables.corrections(steps, classes), values)
 
 
 def test_zigzag() -> None:

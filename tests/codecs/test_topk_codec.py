@@ -1,6 +1,7 @@
 """The top-k codec: what it keeps, that bytes give it back bit for bit, and the error bounds that it declares."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -475,3 +476,23 @@ def test_log_heads_store_no_first_value_and_lose_nothing_by_it(temperature: floa
     np.testing.assert_allclose(
         targets.dense_logprobs(temperature), exact.dense_logprobs(temperature), atol=1 / 16 + 0.004
     )
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_threads_encode_and_decode_as_one_does(is_fitted: bool) -> None:
+    """Compiled loops run side by side, and each thread has its own zstd contexts."""
+    codec, rng = logitstore.make_codec("topk", vocab_size=500, k=20, head="log"), np.random.default_rng(0)
+    samples = [(peaked_logits(rng, length, 500), rng.integers(0, 500, length)) for length in rng.integers(2, 90, 24)]
+    if is_fitted:
+        codec = logitstore.calibrate(codec, *map(list, zip(*samples, strict=True)))
+
+    def there_and_back(sample: tuple[np.ndarray, np.ndarray]) -> tuple[bytes, logitstore.TeacherTargets]:
+        blob = codec.encode(codec.targets_from_logits(*sample), sample[1])
+        return blob, codec.decode(blob, sample[1])
+
+    alone = [there_and_back(sample) for sample in samples]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(there_and_back, samples * 4))
+    for (blob, targets), (expected_blob, expected) in zip(together, alone * 4, strict=True):
+        assert blob == expected_blob
+        require_same(targets, expected, "targets")

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("logitstore", "numpy", "torch", "triton", "pyarrow", "zstandard", "safetensors", "transformers")
+_PACKAGES = ("logitstore", "numpy", "numba", "torch", "triton", "pyarrow", "zstandard", "safetensors", "transformers")
 
 
 def environment(**facts: Any) -> dict[str, Any]:

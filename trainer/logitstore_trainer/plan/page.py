@@ -118,7 +118,8 @@ def _measured_text(row: dict[str, Any], goal: "Goal") -> str:
         f"{row['kl'][name]:.4f}{_error(row['kl_se'][name])} at T = {name}"
         for name in (f"{temperature:g}" for temperature in goal.temperatures)
     )
-    return f"{configuration_text(row['config'])}, {row['bytes_per_token']:.1f}{_error(row['bytes_per_token_se'])} bytes a token, KL {kls}"
+    size = f"{row['bytes_per_token']:.1f}{_error(row['bytes_per_token_se'])}"
+    return f"{configuration_text(row['config'])}, {size} bytes a token, KL {kls}"
 
 
 def write_page(path: Path, planned: "Planned", goal: "Goal", facts: dict[str, Any]) -> Path:
