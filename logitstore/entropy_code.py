@@ -106,6 +106,12 @@ def _symbols_and_bits(numbers_N: NDArray[np.integer]) -> tuple[NDArray[np.uint16
     return symbols_N, n_bits
 
 
+def cost_bits(tables: StaticTables, numbers_N: NDArray[np.integer], contexts_N: NDArray[np.uint8]) -> float:
+    """Bits that these numbers take, raw bits included; the stream adds less than a word and a state to the sum."""
+    symbols_N, n_raw_bits = _symbols_and_bits(numbers_N)
+    return float(tables.bits[contexts_N, symbols_N].sum()) + n_raw_bits
+
+
 class NumberEncoder:
     """Collects groups of numbers in the order in which a decoder will read them, and codes them at once."""
 

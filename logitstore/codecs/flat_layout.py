@@ -44,16 +44,23 @@ class StoredRows(NamedTuple):
 
 def encode_flat(header: BlobHeader, head_format: HeadFormat, rows: StoredRows) -> bytes:
     """The blob of these rows; header's counts of rows and entries are filled in here."""
+    n_present = int(np.count_nonzero(np.diff(rows.offsets)))
+    header = replace(header, n_present=n_present, n_entries=len(rows.ids))
+    return pack_blob(header, [plane for _, plane in flat_planes(head_format, rows, header.vocab_size)])
+
+
+def flat_planes(head_format: HeadFormat, rows: StoredRows, vocab_size: int) -> list[tuple[str, bytes]]:
+    """The planes in the order of the blob, each with what it is for: "ids", "values", "tail" or "side"."""
     counts = np.diff(rows.offsets)
     present = counts > 0
     order = rank_major_order(counts)
-    header = replace(header, n_present=int(present.sum()), n_entries=len(rows.ids))
-    planes = [counts.astype("<u2").tobytes(), *(codes.astype("<u2").tobytes() for codes in rows.moment_codes)]
+    planes = [("side", counts.astype("<u2").tobytes())]
+    planes += [("tail", codes.astype("<u2").tobytes()) for codes in rows.moment_codes]
     if head_format.has_row_scale and rows.scale is not None and rows.offset is not None:
-        planes += [numbers[present].astype("<f2").tobytes() for numbers in (rows.scale, rows.offset)]
-    planes += encode_ids(rows.ids, order, header.vocab_size)
-    planes += byte_planes(delta_along_rank(rows.codes, rows.offsets)[order], head_format.code_bytes)
-    return pack_blob(header, planes)
+        planes += [("values", numbers[present].astype("<f2").tobytes()) for numbers in (rows.scale, rows.offset)]
+    planes += [("ids", plane) for plane in encode_ids(rows.ids, order, vocab_size)]
+    delta = delta_along_rank(rows.codes, rows.offsets)[order]
+    return planes + [("values", plane) for plane in byte_planes(delta, head_format.code_bytes)]
 
 
 def decode_flat(header: BlobHeader, planes: PlaneReader, head_format: HeadFormat, *, k: int) -> StoredRows:

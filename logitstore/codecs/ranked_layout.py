@@ -11,6 +11,7 @@ Letters: R rows, P present rows, E entries.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from logitstore.codec_tables import CodecTables
 from logitstore.codecs.checks import check_counts
 from logitstore.codecs.flat_layout import StoredRows
 from logitstore.corrections import row_classes, undo_zigzag, zigzag
-from logitstore.entropy_code import NumberDecoder, NumberEncoder
+from logitstore.entropy_code import NumberDecoder, NumberEncoder, StaticTables
 from logitstore.errors import CorruptionError
 from logitstore.head_values import HeadFormat
 from logitstore.id_lists import IdLists
@@ -40,28 +41,50 @@ def encode_ranked(
     rows: StoredRows,
 ) -> bytes:
     """The blob of these rows; the header's counts of rows and entries are filled in here."""
-    from logitstore.entry_loops import rank_groups
-
-    counts = np.diff(rows.offsets)
-    present = counts > 0
+    present = np.diff(rows.offsets) > 0
     encoder = NumberEncoder()
-    odds, excess = zigzag_moments(rows.moment_codes)
-    odds_context = odds_contexts(odds)
-    encoder.put(tables.odds, odds, np.zeros(len(odds), np.uint8))
-    encoder.put(tables.excess, excess, odds_context)
-    encoder.put(tables.counts, counts[present] - 1, odds_context)
-    encoder.put(tables.values, head_steps(rows.codes, rows.offsets, head_format), rank_groups(rows.offsets))
-    encoder.put(tables.ids, *id_numbers(tables.lists, rows, tokens))
-    if tables.corrections is not None and rows.correction_steps is not None:
-        classes = row_classes(excess, odds_context)
-        numbers = tables.corrections.numbers(rows.correction_steps, classes)
-        encoder.put(tables.corrections.symbols, numbers, tables.corrections.coded_contexts(classes))
+    for group in coded_groups(head_format, tables, tokens, rows):
+        encoder.put(group.tables, group.numbers, group.contexts)
     words, raw = encoder.coded()
     planes = [] if present.all() else [np.packbits(present, bitorder="little").tobytes()]
     if head_format.has_row_scale and rows.scale is not None and rows.offset is not None:
         planes += [numbers[present].astype("<f2").tobytes() for numbers in (rows.scale, rows.offset)]
     planes += [np.uint32(len(words)).astype("<u4").tobytes(), words.astype("<u4").tobytes(), raw.tobytes()]
     return pack_blob(replace(header, n_present=int(present.sum()), n_entries=len(rows.ids)), planes)
+
+
+class CodedGroup(NamedTuple):
+    """Numbers [N] that are coded one after another, each in its context; part: "ids", "values", "tail" or "side"."""
+
+    part: str
+    tables: StaticTables
+    numbers: NDArray[np.integer]
+    contexts: NDArray[np.uint8]
+
+
+def coded_groups(
+    head_format: HeadFormat, tables: CodecTables, tokens: NDArray[np.int32], rows: StoredRows
+) -> list[CodedGroup]:
+    """What is entropy coded of these rows, in the order in which it is read."""
+    from logitstore.entry_loops import rank_groups
+
+    counts = np.diff(rows.offsets)
+    odds, excess = zigzag_moments(rows.moment_codes)
+    odds_context = odds_contexts(odds)
+    steps = head_steps(rows.codes, rows.offsets, head_format)
+    groups = [
+        CodedGroup("tail", tables.odds, odds, np.zeros(len(odds), np.uint8)),
+        CodedGroup("tail", tables.excess, excess, odds_context),
+        CodedGroup("side", tables.counts, counts[counts > 0] - 1, odds_context),
+        CodedGroup("values", tables.values, steps, rank_groups(rows.offsets)),
+        CodedGroup("ids", tables.ids, *id_numbers(tables.lists, rows, tokens)),
+    ]
+    if tables.corrections is not None and rows.correction_steps is not None:
+        classes = row_classes(excess, odds_context)
+        numbers = tables.corrections.numbers(rows.correction_steps, classes)
+        contexts = tables.corrections.coded_contexts(classes)
+        groups.append(CodedGroup("tail", tables.corrections.symbols, numbers, contexts))
+    return groups
 
 
 def decode_ranked(

@@ -282,6 +282,13 @@ class TopKCodec:
         """
         tokens = checked_input_ids(input_ids, self.vocab_size)
         check_targets(self, targets, tokens, max_entries=self.k)
+        rows, header = self.stored_rows(targets), expected_header(self, tokens)
+        if self.tables_sha256 is None:
+            return encode_flat(header, self.head_format, rows)
+        return encode_ranked(header, self.head_format, require_tables(self), tokens, rows)
+
+    def stored_rows(self, targets: TeacherTargets) -> StoredRows:
+        """The numbers that encode writes of targets that it takes. Raises SpecMismatchError where corrections lack."""
         present = targets.present
         moments_P = targets.tail_logmass[present], targets.tail_logmoment_half[present]
         moment_codes = encode_moments(*moments_P, self._grid)
@@ -291,11 +298,7 @@ class TopKCodec:
             if targets.corrections is None:
                 raise SpecMismatchError("codec has a tail_step, the targets no corrections; make them with this codec")
             steps = self._correction_steps(targets.corrections[present], moment_codes)
-        rows = StoredRows(targets.offsets, targets.ids, head.codes, moment_codes, head.scale, head.offset, steps)
-        header = expected_header(self, tokens)
-        if self.tables_sha256 is None:
-            return encode_flat(header, self.head_format, rows)
-        return encode_ranked(header, self.head_format, require_tables(self), tokens, rows)
+        return StoredRows(targets.offsets, targets.ids, head.codes, moment_codes, head.scale, head.offset, steps)
 
     def decode(self, blob: bytes | memoryview, input_ids: Any) -> TeacherTargets:
         """The targets that were encoded for this text.

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 import logitstore
 from logitstore import TeacherTargets
+from logitstore.codecs.byte_split import byte_split
+from logitstore.codecs.topk import TopKCodec
 from logitstore.errors import CorruptionError
 from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsSample
@@ -72,6 +74,7 @@ class StoreCandidate:
         )
         self._writer.__enter__()
         self._n_rows, self._blob_bytes, self._encode_s, self._decode_s, self._tail_s = 0, 0, 0.0, 0.0, 0.0
+        self._bytes_of: dict[str, float] = {}
 
     def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
         targets = self.made.targets_from_logits(sample.logits, sample.input_ids)
@@ -90,6 +93,9 @@ class StoreCandidate:
         if decoded.tail_model is not None:
             with one_torch_thread():
                 self._tail_s += median_call(lambda: decoded.tail_model.predicted([decoded]))[1]
+        if isinstance(self.made, TopKCodec):
+            for part, n_bytes in byte_split(self.made, targets, blob).items():
+                self._bytes_of[part] = self._bytes_of.get(part, 0.0) + n_bytes
         self.decoded = decoded
         return decoded.dense_logprobs
 
@@ -99,7 +105,7 @@ class StoreCandidate:
         if store.n_present_rows != self._n_rows:
             raise CorruptionError(f"{self._path} holds {store.n_present_rows} rows, {self._n_rows} were written")
         seconds = self._encode_s, self._decode_s, self._tail_s
-        return Totals(self._n_rows, self._blob_bytes, _bytes_on_disk(self._path), *seconds)
+        return Totals(self._n_rows, self._blob_bytes, _bytes_on_disk(self._path), *seconds, self._bytes_of)
 
 
 def _bytes_on_disk(store_path: Path) -> int:
