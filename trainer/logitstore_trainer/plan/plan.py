@@ -145,12 +145,12 @@ def measured_codec(codec: TopKCodec, samples: Sequence[SampleRows], temperatures
         blob = codec.encode(targets, sample.input_ids)
         decoded = codec.decode(blob, sample.input_ids)
         n_bytes += len(blob)
-        present = decoded.present
+        present, kept_logits = decoded.present, sample.kept_logits
         n_rows.append(int(present.sum()))
         n_entries += len(decoded.ids)
         for temperature, sums in kl_sums.items():
-            dense = decoded.dense_logprobs(temperature)
-            sums.append(float(row_divergences(sample.logits, dense, temperature=temperature).kl[present].sum()))
+            dense = decoded.dense_logprobs(temperature)[present]
+            sums.append(float(row_divergences(kept_logits, dense, temperature=temperature).kl.sum()))
     kls = {f"{temperature:g}": estimate(sums, n_rows) for temperature, sums in kl_sums.items()}
     config = {name: value for name, value in codec.config.items() if name not in ("name", "vocab_size", "tables")}
     return {
