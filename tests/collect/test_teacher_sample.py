@@ -20,8 +20,15 @@ from logitstore.logits_source import FactoredLogits, iter_logit_chunks
 def source_of(teacher: Path, tmp_path: Path, rows: list[dict], **settings) -> Source:
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wanted = SourceSettings(teacher=str(teacher), dataset=path, dtype="float32", device="cpu", batch_size=3, **settings)
-    return open_source(wanted, lambda line: None)
+    wanted = {
+        "teacher": str(teacher),
+        "dataset": path,
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_size": 3,
+        **settings,
+    }
+    return open_source(SourceSettings(**wanted), lambda line: None)
 
 
 def size_of(source: Source) -> PlannedSize:
@@ -96,10 +103,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.logaddexp.reduce(logits.astype(np.float64), axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 4e-3), ("bfloat16", 5e-2)])
 @pytest.mark.parametrize("keep_prompt", [False, True])
-def test_its_rows_are_the_teacher_s(teacher_folder: Path, tmp_path: Path, keep_prompt: bool) -> None:
+def test_its_rows_are_the_teacher_s(
+    teacher_folder: Path, tmp_path: Path, keep_prompt: bool, dtype: str, atol: float
+) -> None:
     """Hidden states in float16, 284 columns of which 24 are padding."""
-    source = source_of(teacher_folder, tmp_path, chats(20), keep_prompt=keep_prompt)
+    source = source_of(teacher_folder, tmp_path, chats(20), keep_prompt=keep_prompt, dtype=dtype)
     sample = draw_sample(source, size_of(source), 10_000)
     assert sample.vocab_size == 260
     for number, text in enumerate(sample.texts):
@@ -110,7 +120,7 @@ def test_its_rows_are_the_teacher_s(teacher_folder: Path, tmp_path: Path, keep_p
         assert (keep_mask is None) == keep_prompt
         assert sample.row_counts[number] == len(keep)
         got = np.concatenate(list(iter_logit_chunks(logits, keep, vocab_size=260)))
-        np.testing.assert_allclose(log_softmax(got), truth(teacher_folder, input_ids)[keep], atol=4e-3)
+        np.testing.assert_allclose(log_softmax(got), truth(teacher_folder, input_ids)[keep], atol=atol)
 
 
 def saved_teacher(model, teacher_folder: Path, folder: Path) -> Path:

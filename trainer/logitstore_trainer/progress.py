@@ -6,7 +6,7 @@ whether standard error is a terminal, and nothing is printed for work that ends 
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -99,11 +99,23 @@ class StageProgress:
         assert self._display is not None
         self._display.update(done - self._done)
         self._done = done
+        if done == total:
+            self.close()
 
     def close(self) -> None:
+        """Ends the display of the present stage."""
         if self._display is not None:
             self._display.close()
         self._stage, self._display = "", None
+
+    def between_stages(self, say: Callable[[str], Any]) -> Callable[[str], Any]:
+        """A `say` whose lines do not fall into a bar."""
+
+        def close_and_say(line: str) -> None:
+            self.close()
+            say(line)
+
+        return close_and_say
 
     def __enter__(self) -> "StageProgress":
         return self

@@ -56,6 +56,7 @@ def fitted_codec(source: Source, settings: CollectSettings, size: PlannedSize) -
     source.say(f"fitting the codec to {about}")
     unfitted = logitstore.make_codec(settings.codec, vocab_size=source.info.vocab_size, **settings.codec_options)
     with StageProgress() as display:
+        cache = cache and replace(cache, say=display.between_stages(source.say))
         texts = TextsOf(sample, range(len(sample.texts)))
         codec = unfitted.calibrated(texts, on_progress=display, cache=cache)
     assert codec.tables is not None

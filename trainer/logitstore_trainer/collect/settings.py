@@ -117,7 +117,7 @@ def add_fitting_arguments(group: argparse._ArgumentGroup) -> None:
     """Adds how many rows a codec is fitted on, and whether its tail model may come from the cache."""
     group.add_argument(
         "--plan-rows", type=int, metavar="N",
-        help="rows of the data set to fit and measure on (default: a twentieth, 4,000 at least, 50,000 at most)",
+        help="rows to fit and measure on (default: a twentieth of what will be stored, 4,000 at least, 50,000 at most)",
     )  # fmt: skip
     group.add_argument("--no-cache", action="store_false", dest="use_cache", help="fit anew, and keep nothing of it")
 

@@ -67,12 +67,17 @@ def run(args: argparse.Namespace) -> int:
     from logitstore_trainer.plan.page import plan_table, recommendation_lines, write_page
     from logitstore_trainer.plan.plan import make_plan
     from logitstore_trainer.report import format_table
+    from logitstore_trainer.units import duration_text
 
     folder = output_folder(args.out) if args.out is not None else None
     cache = FitCache(default_cache_folder(), print) if args.use_cache else None
     sample = _sample(args)
     planned = make_plan(sample, goal, n_rows=args.rows, seed=args.seed, cache=cache)
     print(format_table(*plan_table(planned.results, goal)))
+    print(
+        f"fitted to {planned.rows_fitted:,} rows, measured on {planned.rows_measured:,} others of "
+        f"{planned.texts_measured} texts, in {duration_text(planned.seconds)}"
+    )
     print("\n".join(recommendation_lines(planned, goal)))
     if folder is not None:
         facts = environment(

@@ -184,11 +184,11 @@ def _divergences(
     for sample in samples:
         blob = codec.encode(codec.targets_from_logits(*sample), sample.input_ids)
         decoded = codec.decode(blob, sample.input_ids)
-        present = decoded.present
+        present, kept_logits = decoded.present, sample.kept_logits
         n_rows.append(int(present.sum()))
         for temperature, sums_at in sums.items():
-            dense = decoded.dense_logprobs(temperature)
-            sums_at.append(float(row_divergences(sample.logits, dense, temperature=temperature).kl[present].sum()))
+            dense = decoded.dense_logprobs(temperature)[present]
+            sums_at.append(float(row_divergences(kept_logits, dense, temperature=temperature).kl.sum()))
     return {temperature: estimate(sums_at, n_rows) for temperature, sums_at in sums.items()}
 
 

@@ -4,7 +4,7 @@ Letters: S texts, L tokens of one, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore import FactoredLogits
 from logitstore_trainer.bench.logits_file import LogitsFile
 
 
@@ -21,6 +22,14 @@ class SampleRows(NamedTuple):
     logits: Any
     input_ids: NDArray[np.int32]
     keep_mask: NDArray[np.bool_] | None
+
+    @property
+    def kept_logits(self) -> Any:
+        """The logits of the kept rows alone, [n, V] in the same form."""
+        keep = np.arange(len(self.input_ids) - 1) if self.keep_mask is None else np.flatnonzero(self.keep_mask)
+        if isinstance(self.logits, FactoredLogits):
+            return replace(self.logits, hidden=self.logits.hidden[keep])
+        return self.logits[keep]
 
 
 class PlanSample(Protocol):
