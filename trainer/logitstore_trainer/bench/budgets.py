@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import logitstore
 from logitstore.codecs.topk import TopKCodec
+from logitstore.fit_cache import FitCache
 from logitstore.fit_codec import fitted_on_rows
 from logitstore.tail_fit import TailFitSettings
 from logitstore_trainer.bench.logits_file import LogitsFile
@@ -58,13 +59,14 @@ class _SomeTexts:
         return SampleRows(sample.logits, sample.input_ids, None)
 
 
-def prepared(file: LogitsFile, samples: Sequence[int], *, quick: bool) -> Prepared:
-    """Reads and fits; quick: on fewer rows, spread over the samples."""
+def prepared(file: LogitsFile, samples: Sequence[int], *, quick: bool, cache: FitCache | None = None) -> Prepared:
+    """Reads and fits, or finds the fit in the cache; quick: on fewer rows, spread over the samples."""
     if not quick:
-        return prepare(_SomeTexts(file, samples), n_rows=DECIDING_ROWS)
+        return prepare(_SomeTexts(file, samples), n_rows=DECIDING_ROWS, cache=cache)
     total = int((file.sample_lengths[list(samples)] - 1).sum())
     some = _SomeTexts(file, samples[:: max(1, total // QUICK_FITTED_ROWS)])
-    return prepare(some, n_rows=QUICK_DECIDING_ROWS, settings=TailFitSettings(rows_seen=QUICK_ROWS_SEEN))
+    settings = TailFitSettings(rows_seen=QUICK_ROWS_SEEN)
+    return prepare(some, n_rows=QUICK_DECIDING_ROWS, settings=settings, cache=cache)
 
 
 def planned_codecs(sample: Prepared, budgets: Sequence[float]) -> Iterator[Planned]:

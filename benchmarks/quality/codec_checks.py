@@ -1,0 +1,165 @@
+"""Three questions to fitted codecs on real rows that `bench storage` does not ask.
+
+    python benchmarks/quality/codec_checks.py --rows codec-rows --out codec-checks.json
+
+- ids: bits an id in our candidate lists, against the rank of its frequency in planes under zstd.
+- length: bytes a token of sequences of 64 tokens against 1,024, what a blob costs being shared by fewer rows.
+- rank: KL of predicted tails with 128, 256 and all coefficients, at equal bytes.
+
+codec_rows.py makes the rows. A fit of the tail model is found in the cache where `plan` or `bench storage` left it; else
+it takes ten minutes and more.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from logitstore_trainer.bench.budgets import QUICK_FITTED_ROWS, prepared
+from logitstore_trainer.bench.environment import environment, write_json
+from logitstore_trainer.bench.fidelity import divergences_from, teacher_logprobs
+from logitstore_trainer.bench.logits_file import LogitsFile, LogitsSample
+from logitstore_trainer.cli import one_line_errors
+from logitstore_trainer.plan.plan import Prepared
+
+import logitstore
+from logitstore.codecs.byte_split import byte_split
+from logitstore.codecs.topk import TopKCodec
+from logitstore.fit_cache import FitCache, default_cache_folder
+from logitstore.fit_codec import fitted_on_rows
+from logitstore.logits_source import FactoredLogits
+from logitstore.tail_rank import with_rank
+
+SHORT, LONG = 64, 1024
+RANKS = (128, 256, None)
+STEPS = (0.15, 0.1, 0.07)
+KINDS = ("gsm8k", "instructions", "documentation")
+LEAST_P = 0.01
+TEXTS_OF_A_KIND = 4  # for the question of rank, whose every answer needs full distributions
+
+
+def main() -> int:
+    """Answers, prints and writes; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=Path("codec-rows"), help="folder that codec_rows.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("codec-checks.json"), help="file for the answers")
+    parser.add_argument("--append", type=Path, help="also add the answers as one line to this .jsonl file")
+    parser.add_argument("--quick", action="store_true", help=f"fit on {QUICK_FITTED_ROWS:,} rows")
+    args = parser.parse_args()
+    return one_line_errors(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fits once and answers one question after the other."""
+    fit = LogitsFile(args.rows / "fit.safetensors")
+    kinds = {name: LogitsFile(args.rows / f"measured-{name}.safetensors") for name in KINDS}
+    sample = prepared(fit, range(len(fit)), quick=args.quick, cache=FitCache(default_cache_folder(), print))
+    answers: dict[str, Any] = {
+        "rows_fitted": sample.rows.n_rows,
+        "ids": ids_answer(sample, kinds),
+        "length": length_answer(sample, kinds),
+        "rank": rank_answer(sample, kinds),
+        "environment": environment(command=f"python benchmarks/quality/codec_checks.py {' '.join(sys.argv[1:])}"),
+    }
+    write_json(args.out, answers)
+    if args.append:
+        with args.append.open("a") as rows:
+            rows.write(json.dumps(answers, allow_nan=False) + "\n")
+    print(json.dumps({name: answers[name] for name in ("ids", "length", "rank")}, indent=1))
+    return 0
+
+
+def ids_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> dict[str, Any]:
+    """Bits an id of entries with p >= 0.01, by kind and their mean: ours, and frequency rank with zstd at level 19."""
+    codec = fitted_on_rows(_codec(sample, min_prob=LEAST_P, tail="residual"), sample.rows)
+    counts = np.bincount(sample.rows.ids[sample.rows.logps >= np.log(LEAST_P)].numpy(), minlength=codec.vocab_size)
+    rank_of = np.empty(codec.vocab_size, np.uint16 if codec.vocab_size <= 1 << 16 else np.uint32)
+    rank_of[np.argsort(-counts, kind="stable")] = np.arange(codec.vocab_size)
+    compressor = zstandard.ZstdCompressor(level=19)
+    found = {}
+    for name, file in kinds.items():
+        ours = theirs = n_entries = 0.0
+        for number in range(len(file)):
+            text = file[number]
+            targets = codec.targets_from_logits(text.logits, text.input_ids)
+            ours += 8 * byte_split(codec, targets, codec.encode(targets, text.input_ids))["ids"]
+            rank = np.arange(len(targets.ids)) - np.repeat(targets.offsets[:-1], targets.counts)
+            ranks = rank_of[targets.ids[np.argsort(rank, kind="stable")]]
+            planes = ranks[:, None].view(np.uint8).T.tobytes()  # byte by byte, rank by rank
+            theirs += 8 * len(compressor.compress(planes))
+            n_entries += len(targets.ids)
+        found[name] = {"ours": ours / n_entries, "frequency_rank_zstd": theirs / n_entries}
+    mean = {what: float(np.mean([row[what] for row in found.values()])) for what in ("ours", "frequency_rank_zstd")}
+    return {"kinds": found, "mean": mean, "saved": 1 - mean["ours"] / mean["frequency_rank_zstd"]}
+
+
+def length_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str, Any]]:
+    """Bytes a token of texts cut to 64 tokens and joined to 1,024, for a codec of few and one of more bytes."""
+    answers = []
+    for options in ({"min_prob": 0.01}, {"min_prob": 0.005, "tail_step": 0.1}):
+        codec = fitted_on_rows(_codec(sample, tail="predicted", **options), sample.rows, sample.tail)
+        sizes = {}
+        for length in (SHORT, LONG):
+            n_bytes = n_rows = 0
+            for file in kinds.values():
+                for text in _of_length(file, length):
+                    targets = codec.targets_from_logits(text.logits, text.input_ids)
+                    n_bytes += len(codec.encode(targets, text.input_ids))
+                    n_rows += targets.n_rows
+            sizes[str(length)] = n_bytes / n_rows
+        answers.append({**options, "bytes_per_token": sizes, "ratio": sizes[str(SHORT)] / sizes[str(LONG)]})
+    return answers
+
+
+def _of_length(file: LogitsFile, length: int) -> Iterator[LogitsSample]:
+    """The texts of a file cut into texts of this length, or joined to such: at a seam one row has another label."""
+    parts = [file[number] for number in range(len(file))]
+    tokens = np.concatenate([part.input_ids for part in parts])
+    hidden = np.concatenate([part.logits.hidden.numpy() for part in parts])
+    for start in range(0, len(tokens) - length + 1, length):
+        rows = slice(start, start + length)
+        yield LogitsSample(tokens[rows], FactoredLogits(hidden[rows], parts[0].logits.lm_head))
+
+
+def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str, Any]]:
+    """Bytes and KL (T = 1 and T = 2, mean of the kinds) with few and with all coefficients, at three steps each."""
+    codecs = {}
+    for rank in RANKS:
+        tail = sample.tail if rank is None else with_rank(sample.tail, sample.rows, min(rank, sample.tail.rank))
+        for step in STEPS:
+            codec = _codec(sample, min_prob=0.005, tail="predicted", tail_step=step)
+            codecs[tail.rank, step] = fitted_on_rows(codec, sample.rows, tail)
+    sums = {key: np.zeros(4) for key in codecs}
+    for file in kinds.values():
+        for number in np.linspace(0, len(file) - 1, TEXTS_OF_A_KIND).astype(int).tolist():
+            text = file[number]
+            n_rows = len(text.input_ids) - 1
+            teacher = {t: teacher_logprobs(text.logits, n_rows, file.vocab_size, t) for t in (1.0, 2.0)}
+            for key, codec in codecs.items():
+                targets = codec.targets_from_logits(text.logits, text.input_ids)
+                kls = [divergences_from(logp, targets.dense_logprobs(t)).kl.sum() for t, logp in teacher.items()]
+                sums[key] += (len(codec.encode(targets, text.input_ids)), *kls, n_rows)
+    return [
+        {
+            "rank": rank,
+            "tail_step": step,
+            "bytes_per_token": float(total[0] / total[3]),
+            "kl_t1": float(total[1] / total[3]),
+            "kl_t2": float(total[2] / total[3]),
+            "tail_macs": codecs[rank, step].tables.tail.row_macs(16),
+        }
+        for (rank, step), total in sums.items()
+    ]
+
+
+def _codec(sample: Prepared, **options: Any) -> TopKCodec:
+    fixed: dict[str, Any] = {"head": "log", "head_step": 0.5, "k": 64}
+    return logitstore.make_codec("topk", vocab_size=sample.tail.vocab_size, **fixed, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
