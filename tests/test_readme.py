@@ -78,6 +78,16 @@ def test_numbers_of_the_real_line_are_those_of_the_committed_row() -> None:
         assert f"{student['kl_teacher_nats']:.4f}" in README
 
 
+def test_speeds_of_fitted_codecs_are_those_of_the_committed_rows() -> None:
+    path = ROOT / "benchmarks" / "results" / "codec_speed.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 8
+    lines = [line for line in README.splitlines() if line.startswith("| ") and "constriction" in line]
+    lines += [line for line in README.splitlines() if line.startswith(("| decode", "| encode top-k arrays"))]
+    shown = {number for line in lines for number in re.findall(r"[\d,]{6,}", line)}
+    assert shown == {f"{row[name]:,}" for row in rows for name in ("rows_per_s_fastest", "rows_per_s_median")}
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git checkout")
 def test_ci_runs_the_readme_s_test_command() -> None:
     assert "make test" in README

@@ -3,11 +3,10 @@
     python benchmarks/quality/codec_checks.py --rows codec-rows --out codec-checks.json
 
 - ids: bits an id in our candidate lists, against the rank of its frequency in planes under zstd.
-- length: bytes a token of sequences of 64 tokens against 1,024, what a blob costs being shared by fewer rows.
+- length: bytes a token of sequences of 64 tokens against 1,024; fewer rows share what a blob costs.
 - rank: KL of predicted tails with 128, 256 and all coefficients, at equal bytes.
 
-codec_rows.py makes the rows. A fit of the tail model is found in the cache where `plan` or `bench storage` left it; else
-it takes ten minutes and more.
+codec_rows.py makes the rows. The fit of the tail model takes ten minutes and more, and is kept in the cache.
 """
 
 import argparse
