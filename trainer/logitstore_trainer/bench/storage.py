@@ -7,6 +7,7 @@ blobs do not decode to what was encoded gives no number: the run stops.
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import logitstore
 from logitstore.errors import SpecMismatchError
+from logitstore.fit_cache import FitCache, default_cache_folder
 from logitstore.fit_codec import fitted_on_rows
 from logitstore_trainer.bench.budgets import LEAST_ROWS, planned_codecs, prepared
 from logitstore_trainer.bench.candidates import Candidate, StoreCandidate
@@ -91,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"measure what `plan` picks for these bytes a token, where at least {LEAST_ROWS:,} rows can be fitted on; "
         f"none to leave them out (default: {' '.join(f'{budget:g}' for budget in BUDGETS)})",
     )
+    parser.add_argument("--no-cache", action="store_true", help="fit the tail model anew, and keep it nowhere")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for results.json and report.html")
     parser.add_argument(
         "--quick", action="store_true", help=f"fewer codecs, fits on fewer rows, and {QUICK_ROWS} rows a kind at most"
@@ -99,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes results.json, environment.json and report.html into args.out, prints the table; returns 0."""
+    start_s = time.perf_counter()
     _check(args)
     out = output_folder(args.out)
     with tempfile.TemporaryDirectory(dir=out, prefix=".measuring-") as scratch:
@@ -126,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         fitted_on=split.fitting_name,
         rows_fitted=None if sample is None else sample.rows.n_rows,
         threads_per_candidate=1,
+        seconds=time.perf_counter() - start_s,
         notes=notes,
     )
     write_json(out / "results.json", results)
@@ -177,7 +182,8 @@ def _sample(args: argparse.Namespace, split: "Split", notes: list[str]) -> Prepa
         why = "made-up logits have no tail to learn" if args.logits is None else f"there are {rows:,} rows to fit on"
         notes.append(f"No codec was planned for a budget: {why}; it takes {LEAST_ROWS:,} rows of a teacher.")
         return None
-    return prepared(split.fitting_file, split.fitting, quick=args.quick)
+    cache = None if args.no_cache else FitCache(default_cache_folder(), print)
+    return prepared(split.fitting_file, split.fitting, quick=args.quick, cache=cache)
 
 
 def _candidates(args: argparse.Namespace, split: "Split", sample: Prepared | None, notes: list[str]) -> list[Candidate]:
