@@ -1,10 +1,13 @@
-"""Three questions to fitted codecs on real rows that `bench storage` does not ask.
+"""Four questions to fitted codecs on real rows that `bench storage` does not ask.
 
     python benchmarks/quality/codec_checks.py --rows codec-rows --out codec-checks.json
 
 - ids: bits an id in our candidate lists, against the rank of its frequency in planes under zstd.
 - length: bytes a token of sequences of 64 tokens against 1,024; fewer rows share what a blob costs.
 - rank: KL of predicted tails with 128, 256 and all coefficients, at equal bytes.
+- sampling: what a sample of the tail adds to the squared error of the loss's gradient at T = 1 as variance, drawn from
+  the teacher's tail (varopt) or from what the prediction leaves over (a control variate, unbiased as well), and what
+  the prediction alone leaves as squared bias.
 
 codec_rows.py makes the rows. The fit of the tail model takes ten minutes and more, and is kept in the cache.
 """
@@ -38,7 +41,8 @@ RANKS = (128, 256, None)
 STEPS = (0.15, 0.1, 0.07)
 KINDS = ("gsm8k", "instructions", "documentation")
 LEAST_P = 0.01
-TEXTS_OF_A_KIND = 4  # for the question of rank, whose every answer needs full distributions
+DRAWN = (4, 8, 12, 16)
+TEXTS_OF_A_KIND = 4  # for the questions whose answers need full distributions
 
 
 def main() -> int:
@@ -62,13 +66,14 @@ def run(args: argparse.Namespace) -> int:
         "ids": ids_answer(sample, kinds),
         "length": length_answer(sample, kinds),
         "rank": rank_answer(sample, kinds),
+        "sampling": sampling_answer(sample, kinds),
         "environment": environment(command=f"python benchmarks/quality/codec_checks.py {' '.join(sys.argv[1:])}"),
     }
     write_json(args.out, answers)
     if args.append:
         with args.append.open("a") as rows:
             rows.write(json.dumps(answers, allow_nan=False) + "\n")
-    print(json.dumps({name: answers[name] for name in ("ids", "length", "rank")}, indent=1))
+    print(json.dumps({name: answers[name] for name in ("ids", "length", "rank", "sampling")}, indent=1))
     return 0
 
 
@@ -153,6 +158,44 @@ def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str
         }
         for (rank, step), total in sums.items()
     ]
+
+
+def sampling_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> dict[str, Any]:
+    """E||t_hat - t||^2 over the vocabulary at T = 1, mean over rows, by entries drawn of a tail; the head has p >= 1 %.
+
+    Threshold sampling of weights w with threshold tau has the variance sum |w| (tau - |w|) over |w| < tau, where tau
+    makes sum min(1, |w| / tau) the number of entries.
+    """
+    codec = fitted_on_rows(_codec(sample, min_prob=LEAST_P, tail="predicted"), sample.rows, sample.tail)
+    varopt, control, bias, n_rows = dict.fromkeys(DRAWN, 0.0), dict.fromkeys(DRAWN, 0.0), 0.0, 0
+    for file in kinds.values():
+        for number in np.linspace(0, len(file) - 1, TEXTS_OF_A_KIND).astype(int).tolist():
+            text = file[number]
+            targets = codec.targets_from_logits(text.logits, text.input_ids)
+            p_RV = teacher_logprobs(text.logits, targets.n_rows, file.vocab_size, 1.0).exp().numpy()
+            left_RV = p_RV - np.exp(targets.dense_logprobs(), dtype=np.float64)
+            row = np.repeat(np.arange(targets.n_rows), targets.counts)
+            p_RV[row, targets.ids] = left_RV[row, targets.ids] = 0  # both keep the head
+            bias += float(np.square(left_RV).sum())
+            n_rows += targets.n_rows
+            tails = np.sort(p_RV, axis=1)[:, ::-1], np.sort(np.abs(left_RV), axis=1)[:, ::-1]
+            for drawn in DRAWN:
+                varopt[drawn] += float(_sampling_variance(tails[0], drawn).sum())
+                control[drawn] += float(_sampling_variance(tails[1], drawn).sum())
+    return {
+        "squared_bias_of_the_prediction": bias / n_rows,
+        "variance_of_varopt": {str(drawn): total / n_rows for drawn, total in varopt.items()},
+        "variance_of_the_control_variate": {str(drawn): total / n_rows for drawn, total in control.items()},
+    }
+
+
+def _sampling_variance(falling_RV: np.ndarray, drawn: int) -> np.ndarray:
+    """Variance [R] of a threshold sample of `drawn` entries of weights [R, V] that do not rise along a row."""
+    rest_RV = falling_RV[:, ::-1].cumsum(axis=1)[:, ::-1]
+    thresholds = rest_RV[:, :drawn] / (drawn - np.arange(drawn))  # with the first 0, 1, ... entries kept for sure
+    n_sure = (falling_RV[:, :drawn] <= thresholds).argmax(axis=1)
+    tau_R1 = np.take_along_axis(thresholds, n_sure[:, None], axis=1)
+    return (falling_RV * np.maximum(tau_R1 - falling_RV, 0)).sum(axis=1)
 
 
 def _codec(sample: Prepared, **options: Any) -> TopKCodec:
