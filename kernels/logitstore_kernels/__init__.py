@@ -1,6 +1,7 @@
 """Losses that train a student on compressed teacher distributions, and the reduction of teacher logits to them."""
 
 from logitstore_kernels.distillation_loss import distillation_loss, distillation_loss_parts
+from logitstore_kernels.linear_loss import fused_linear_distillation_loss, fused_linear_distillation_loss_parts
 from logitstore_kernels.loss_arguments import DistillationLossParts
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.topk import TopKWithTail, topk_with_tail
@@ -11,5 +12,7 @@ __all__ = [
     "TopKWithTail",
     "distillation_loss",
     "distillation_loss_parts",
+    "fused_linear_distillation_loss",
+    "fused_linear_distillation_loss_parts",
     "topk_with_tail",
 ]

@@ -96,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 "the distillation loss was differentiated a second time; its gradient was handed out by the first "
                 "backward(). Pass retain_graph=True to that one, or compute the loss again"
             )
-        if _graph_is_kept():
+        if graph_is_kept():
             gradient_NW = gradient_NW.clone()
         else:
             ctx.gradient_NW = None
@@ -104,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient_NW, *(None,) * 7
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether this backward() runs with retain_graph=True, so that it may be followed by another one.
 
     Where PyTorch does not say (the call is private to it), yes: that costs a copy of the gradient, nothing else.

@@ -1,12 +1,13 @@
 """distillation_loss: KL to a compressed teacher plus cross-entropy, the front door of the losses.
 
-Checks the arguments, finds the rows that count, and hands them to the fast path: row chunks in plain PyTorch
-(chunked.py), on every device. reference.py is the same loss written for reading.
+Checks the arguments, finds the rows that count, and hands them to the fast path (dispatch.py). reference.py is the same
+loss written for reading.
 """
 
 from torch import Tensor
 
-from logitstore_kernels.chunked import LossTerms, chunked_loss_rows
+from logitstore_kernels.chunk_math import LossTerms
+from logitstore_kernels.dispatch import loss_rows
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
@@ -128,7 +129,7 @@ def _loss_parts(
     )  # fmt: skip
     counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
     weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW))
-    rows = chunked_loss_rows(
+    rows = loss_rows(
         student_logits_NW,
         teacher,
         labels_N,

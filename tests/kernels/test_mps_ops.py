@@ -13,7 +13,12 @@ import pytest
 import torch
 import torchgen
 import yaml
-from logitstore_kernels import TeacherBatch, distillation_loss_parts, topk_with_tail
+from logitstore_kernels import (
+    TeacherBatch,
+    distillation_loss_parts,
+    fused_linear_distillation_loss,
+    topk_with_tail,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -120,3 +125,22 @@ def test_the_loss(case_factory, tail, temperature, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_topk_with_tail(dtype):
     on_mps(lambda: topk_with_tail(torch.empty(6, 24, dtype=dtype, device="meta"), 5, vocab_size=21))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_through_a_head(case_factory, tail, dtype):
+    case = case_factory(6, 21, 4)
+    teacher, labels_N = teacher_of(case, tail, dtype), case.labels_N.to("meta")
+    shapes = ((6, 8), (24, 8), (24,))
+
+    def run():
+        for reduction in ("mean", "none"):
+            head = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+            loss = fused_linear_distillation_loss(
+                head[0], head[1], teacher, labels_N, head[2], 1.0, 0.7, tail, reduction=reduction, chunk_rows=4
+            )
+            loss.sum().backward()
+            assert [part.grad.shape for part in head] == [part.shape for part in head]
+
+    on_mps(run)
