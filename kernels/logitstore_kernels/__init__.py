@@ -5,6 +5,10 @@ from logitstore_kernels.linear_loss import fused_linear_distillation_loss, fused
 from logitstore_kernels.loss_arguments import DistillationLossParts
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.topk import TopKWithTail, topk_with_tail
+from logitstore_kernels.vocab_parallel import (
+    vocab_parallel_distillation_loss,
+    vocab_parallel_distillation_loss_parts,
+)
 
 __all__ = [
     "DistillationLossParts",
@@ -15,4 +19,6 @@ __all__ = [
     "fused_linear_distillation_loss",
     "fused_linear_distillation_loss_parts",
     "topk_with_tail",
+    "vocab_parallel_distillation_loss",
+    "vocab_parallel_distillation_loss_parts",
 ]

@@ -56,11 +56,13 @@ class TailShape(NamedTuple):
 
     sum_C: Tensor  # sum over the tail of e^g, at least 1 unless there is no tail token
     log_ratio_sum_C: Tensor  # sum over the tail of e^g (g - (z - the student's largest in the tail) / T)
+    largest_C: Tensor  # the row's largest tail logit / T, 0 where there is no tail token
 
 
 class StudentRows(NamedTuple):
     """What one stream over the tail leaves of the student; every log is relative to the row's peak logit (over T)."""
 
+    peak_C: Tensor  # the largest z of all columns, 0 where every one is -inf
     head_CK: Tensor  # z - peak, -inf in pads
     label_C: Tensor  # z of the label - peak
     tail_peak_C: Tensor  # the tail's largest z - peak; 0 where every tail logit is -inf
@@ -113,6 +115,7 @@ def stream(buffers: ChunkBuffers, chunk: KnownRows, terms: LossTerms) -> Student
     x_CV.scatter_(1, chunk.ids_CK, -math.inf)
     tail_peak_C = x_CV.amax(dim=1)
     peak_C = torch.maximum(tail_peak_C, head_CK.amax(dim=1))
+    peak_C = peak_C.masked_fill(peak_C == -math.inf, 0)
     tail_peak_C = torch.where(tail_peak_C == -math.inf, peak_C, tail_peak_C)
     x_CV.sub_(tail_peak_C[:, None])
     tail_logits_sum_C = None
@@ -135,7 +138,9 @@ def stream(buffers: ChunkBuffers, chunk: KnownRows, terms: LossTerms) -> Student
     if two_exponentials:
         lse_1_C = _logsumexp_of_parts(head_CK, tail_peak_C, buffers.out_CV.sum(dim=1), 1.0)
     label_C = label_C - peak_C
-    return StudentRows(head_CK, label_C, tail_peak_C, tail_logits_sum_C, tail_shape, tail_sum_T_C, lse_T_C, lse_1_C)
+    return StudentRows(
+        peak_C, head_CK, label_C, tail_peak_C, tail_logits_sum_C, tail_shape, tail_sum_T_C, lse_T_C, lse_1_C
+    )
 
 
 def _shape_beside(buffers: ChunkBuffers, chunk: KnownRows, temperature: float) -> TailShape:
@@ -147,12 +152,13 @@ def _shape_beside(buffers: ChunkBuffers, chunk: KnownRows, temperature: float) -
     x_CV, work_CV, shape_CV = buffers
     shape_CV.scatter_(1, chunk.ids_CK, -math.inf)
     largest_C1 = shape_CV.amax(dim=1, keepdim=True)
-    shape_CV.sub_(largest_C1.masked_fill_(largest_C1 == -math.inf, 0))
+    largest_C1.masked_fill_(largest_C1 == -math.inf, 0)
+    shape_CV.sub_(largest_C1)
     torch.sub(shape_CV, x_CV, alpha=1 / temperature, out=work_CV)
     shape_CV.exp_()
     # NaN is 0 * inf at entries and where the teacher gives a token nothing; one from the student is in its lse_T too.
     work_CV.mul_(shape_CV).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    return TailShape(shape_CV.sum(dim=1), work_CV.sum(dim=1))
+    return TailShape(shape_CV.sum(dim=1), work_CV.sum(dim=1), largest_C1[:, 0])
 
 
 def _logsumexp_of_parts(head_CK: Tensor, tail_peak_C: Tensor, tail_sum_C: Tensor, temperature: float) -> Tensor:
@@ -167,22 +173,22 @@ def values(student: StudentRows, chunk: KnownRows, terms: LossTerms) -> tuple[Te
         ce_C = student.lse_1_C - student.label_C
     if terms.kl_wanted:
         logq_CK = student.head_CK / terms.temperature - student.lse_T_C[:, None]
-        kl_C = _times_log_ratio(chunk.logt_CK, logq_CK).sum(dim=1)
+        kl_C = times_log_ratio(chunk.logt_CK, logq_CK).sum(dim=1)
         tail_logq_C = student.tail_peak_C / terms.temperature - student.lse_T_C
         if terms.tail == "uniform":
             tail_logq_C += student.tail_logits_sum_C / (chunk.n_tail_C * terms.temperature)
-            kl_C += _times_log_ratio(chunk.logt_tail_C, tail_logq_C, -chunk.n_tail_C.log())
+            kl_C += times_log_ratio(chunk.logt_tail_C, tail_logq_C, -chunk.n_tail_C.log())
         elif terms.tail == "dense":
-            sum_C, log_ratio_sum_C = student.tail_shape
+            sum_C, log_ratio_sum_C, _ = student.tail_shape
             tail_logq_C += sum_C.log() - log_ratio_sum_C / sum_C
-            kl_C += _times_log_ratio(chunk.logt_tail_C, tail_logq_C)
+            kl_C += times_log_ratio(chunk.logt_tail_C, tail_logq_C)
         elif terms.tail == "bucket":
             tail_logq_C += student.tail_sum_T_C.log()
-            kl_C += _times_log_ratio(chunk.logt_tail_C, tail_logq_C)
+            kl_C += times_log_ratio(chunk.logt_tail_C, tail_logq_C)
     return kl_C.masked_fill(~chunk.counted_C, 0), ce_C.masked_fill(~chunk.counted_C, 0)
 
 
-def _times_log_ratio(logt: Tensor, logq: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+def times_log_ratio(logt: Tensor, logq: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     """t * (ln t + shift - ln q), 0 where t = 0."""
     t = logt.exp()
     return (t * (logt + shift - logq)).masked_fill_(t == 0, 0)

@@ -88,20 +88,28 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N, _kl, _ce):
-        if upstream_N is None:
-            return (None,) * 8
-        gradient_NW = ctx.gradient_NW
-        if gradient_NW is None:
-            raise RuntimeError(
-                "the distillation loss was differentiated a second time; its gradient was handed out by the first "
-                "backward(). Pass retain_graph=True to that one, or compute the loss again"
-            )
-        if graph_is_kept():
-            gradient_NW = gradient_NW.clone()
-        else:
-            ctx.gradient_NW = None
-        _scale_rows(gradient_NW, upstream_N / ctx.expected_upstream)
-        return gradient_NW, *(None,) * 7
+        return take_gradient(ctx, upstream_N), *(None,) * 7
+
+
+def take_gradient(ctx, upstream_N: Tensor | None) -> Tensor | None:
+    """The stored ctx.gradient_NW, which was multiplied with ctx.expected_upstream, for upstream_N in its place.
+
+    Mutates ctx: what is stored is handed out once, unless the graph is kept.
+    """
+    if upstream_N is None:
+        return None
+    gradient_NW = ctx.gradient_NW
+    if gradient_NW is None:
+        raise RuntimeError(
+            "the distillation loss was differentiated a second time; its gradient was handed out by the first "
+            "backward(). Pass retain_graph=True to that one, or compute the loss again"
+        )
+    if graph_is_kept():
+        gradient_NW = gradient_NW.clone()
+    else:
+        ctx.gradient_NW = None
+    _scale_rows(gradient_NW, upstream_N / ctx.expected_upstream)
+    return gradient_NW
 
 
 def graph_is_kept() -> bool:
