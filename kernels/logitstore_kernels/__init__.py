@@ -5,6 +5,8 @@ from logitstore_kernels.linear_loss import fused_linear_distillation_loss, fused
 from logitstore_kernels.loss_arguments import DistillationLossParts
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.topk import TopKWithTail, topk_with_tail
+from logitstore_kernels.topk_linear import topk_with_tail_linear
+from logitstore_kernels.varopt import SampledRows, varopt_sample
 from logitstore_kernels.vocab_parallel import (
     vocab_parallel_distillation_loss,
     vocab_parallel_distillation_loss_parts,
@@ -12,6 +14,7 @@ from logitstore_kernels.vocab_parallel import (
 
 __all__ = [
     "DistillationLossParts",
+    "SampledRows",
     "TeacherBatch",
     "TopKWithTail",
     "distillation_loss",
@@ -19,6 +22,8 @@ __all__ = [
     "fused_linear_distillation_loss",
     "fused_linear_distillation_loss_parts",
     "topk_with_tail",
+    "topk_with_tail_linear",
+    "varopt_sample",
     "vocab_parallel_distillation_loss",
     "vocab_parallel_distillation_loss_parts",
 ]

@@ -9,13 +9,8 @@ from torch import Tensor
 from logitstore_kernels.teacher_batch import TeacherBatch
 
 
-def check_head(
-    hidden_ND: Tensor, weight_VD: Tensor, bias: Tensor | None, teacher: TeacherBatch, chunk_rows: int | None
-) -> None:
-    """Raise TypeError or ValueError, saying what was got and expected, unless these make logits for that teacher.
-
-    What a loss of logits checks, too, is left to it.
-    """
+def check_head(hidden_ND: Tensor, weight_VD: Tensor, bias: Tensor | None) -> None:
+    """Raise TypeError or ValueError, saying what was got and expected, unless these make logits."""
     named = {"hidden_ND": (hidden_ND, 2), "weight_VD": (weight_VD, 2), "bias": (bias, 1)}
     for name, (value, n_axes) in named.items():
         if value is None and name == "bias":
@@ -40,6 +35,11 @@ def check_head(
         raise ValueError(f"hidden_ND has width {hidden_ND.shape[1]} but weight_VD {weight_VD.shape[1]}; both must be D")
     if bias is not None and len(bias) != len(weight_VD):
         raise ValueError(f"bias has {len(bias)} elements but weight_VD {len(weight_VD)} rows; both must be V")
+
+
+def check_head_against(hidden_ND: Tensor, weight_VD: Tensor, teacher: TeacherBatch, chunk_rows: int | None) -> None:
+    """Raise TypeError or ValueError unless the head's logits are for that teacher; what a loss of logits checks, too,
+    is left to it."""
     if isinstance(teacher, TeacherBatch) and len(weight_VD) < teacher.vocab_size:
         raise ValueError(
             f"weight_VD has {len(weight_VD)} rows, fewer than the teacher's vocab_size={teacher.vocab_size}; student "

@@ -91,7 +91,7 @@ def linear_loss_rows(
     n_rows, dtype = len(labels_N), compute_dtype(head.hidden_ND)
     values = LossRows(*(torch.zeros(n_rows, dtype=dtype, device=labels_N.device) for _ in range(3)))
     gradients = _new_gradients(head, dtype, wanted if upstream is not None else (False,) * 3)
-    buffer_CV = _new_logits(head, min(chunk_rows, n_rows))
+    buffer_CV = new_logits(head, min(chunk_rows, n_rows))
     device = labels_N.device
     without_autocast = torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
     with without_autocast:
@@ -100,7 +100,7 @@ def linear_loss_rows(
             # 0 * NaN is NaN in the weight's gradient, so that rows that do not count must hold no NaN.
             hidden_CD = torch.where(counted_N[rows, None], head.hidden_ND[rows], 0)
             logits_CV = buffer_CV[: len(hidden_CD)]
-            _write_logits(logits_CV, hidden_CD, head)
+            write_logits(logits_CV, hidden_CD, head)
             upstream_C = None if upstream is None else upstream.expand(n_rows)[rows]
             part = (rows_of(teacher, rows), labels_N[rows], counted_N[rows], terms)
             chunk_values, gradient_CV = _loss_and_gradient(logits_CV, part, upstream_C)
@@ -135,13 +135,15 @@ def _new_gradients(head: LinearHead, dtype: torch.dtype, wanted: tuple[bool, boo
     )
 
 
-def _new_logits(head: LinearHead, n_rows: int) -> Tensor:
+def new_logits(head: LinearHead, n_rows: int) -> Tensor:
+    """A buffer for the logits of n_rows rows, [n_rows, V], not filled."""
     vocab_size = len(head.weight_VD)
     stride = -(-vocab_size // _STRIDE_MULTIPLE) * _STRIDE_MULTIPLE
     return head.hidden_ND.new_empty(n_rows, stride)[:, :vocab_size]
 
 
-def _write_logits(logits_CV: Tensor, hidden_CD: Tensor, head: LinearHead) -> None:
+def write_logits(logits_CV: Tensor, hidden_CD: Tensor, head: LinearHead) -> None:
+    """Mutates logits_CV to what the head makes of hidden_CD, rows of its hidden states."""
     if head.bias_V is None:
         torch.mm(hidden_CD, head.weight_VD.T, out=logits_CV)
     else:

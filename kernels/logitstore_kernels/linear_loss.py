@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from logitstore_kernels.chunk_math import LossTerms
 from logitstore_kernels.chunked import LossRows, graph_is_kept
-from logitstore_kernels.linear_arguments import check_head, logits_dtype
+from logitstore_kernels.linear_arguments import check_head, check_head_against, logits_dtype
 from logitstore_kernels.linear_chunks import HeadGradients, LinearHead, linear_chunk_rows, linear_loss_rows
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
@@ -109,7 +109,8 @@ def _loss_parts(
     hidden_ND, weight_VD, teacher, labels_N, bias, temperature, alpha, tail, ignore_index, reduction,
     num_items_in_batch, chunk_rows, *, kl_wanted, ce_wanted,
 ) -> DistillationLossParts:  # fmt: skip
-    check_head(hidden_ND, weight_VD, bias, teacher, chunk_rows)
+    check_head(hidden_ND, weight_VD, bias)
+    check_head_against(hidden_ND, weight_VD, teacher, chunk_rows)
     # For the checks of what is not the head's: logits of the right shape that take no memory.
     logits_NV = hidden_ND.detach().new_empty(1).expand(len(hidden_ND), len(weight_VD))
     check_arguments(

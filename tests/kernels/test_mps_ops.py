@@ -18,6 +18,8 @@ from logitstore_kernels import (
     distillation_loss_parts,
     fused_linear_distillation_loss,
     topk_with_tail,
+    topk_with_tail_linear,
+    varopt_sample,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -124,7 +126,16 @@ def test_the_loss(case_factory, tail, temperature, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_topk_with_tail(dtype):
-    on_mps(lambda: topk_with_tail(torch.empty(6, 24, dtype=dtype, device="meta"), 5, vocab_size=21))
+    logits_NV = torch.empty(6, 24, dtype=dtype, device="meta")
+    hidden_ND, weight_VD = (torch.empty(n, 8, dtype=dtype, device="meta") for n in (6, 24))
+    on_mps(lambda: topk_with_tail(logits_NV, 5, vocab_size=21, min_prob=0.1))
+    on_mps(lambda: topk_with_tail_linear(hidden_ND, weight_VD, 5, vocab_size=21, scale=0.5, softcap=30.0))
+
+
+@pytest.mark.parametrize("max_weight", [None, 0.1])
+def test_varopt_sample(max_weight):
+    logits_NV, uniforms_N = torch.empty(6, 24, device="meta"), torch.empty(6, device="meta")
+    on_mps(lambda: varopt_sample(logits_NV, 5, uniforms_N, vocab_size=21, max_weight=max_weight))
 
 
 @pytest.mark.parametrize("tail", TAILS)
