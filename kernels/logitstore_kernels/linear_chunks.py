@@ -47,22 +47,30 @@ class HeadGradients(NamedTuple):
     bias_V: Tensor | None
 
 
-def linear_chunk_rows(n_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def linear_chunk_rows(
+    n_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, *, free_bytes: int | None = None
+) -> int:
     """The rows whose logits are held at a time: chunks of one size but for the last.
 
     On a CPU 64 MiB of logits, though 128 rows at least. On an accelerator 2,048 rows, or half of that as often as it
-    takes for two such buffers to fit into the CUDA device's free memory.
+    takes for two such buffers to fit into free_bytes (None: there is room).
     """
     if device.type == "cpu":
         most_rows = max(_CPU_LEAST_ROWS, _CPU_BYTES // (vocab_size * dtype.itemsize))
     else:
         most_rows = _ACCELERATOR_ROWS
-        if device.type == "cuda":
-            free_bytes = torch.cuda.mem_get_info(device)[0]
-            while most_rows > 1 and 2 * most_rows * vocab_size * dtype.itemsize > free_bytes:
-                most_rows //= 2
+        while free_bytes is not None and most_rows > 1 and 2 * most_rows * vocab_size * dtype.itemsize > free_bytes:
+            most_rows //= 2
     n_chunks = max(1, -(-n_rows // most_rows))
     return max(1, -(-n_rows // n_chunks))
+
+
+def free_bytes_on(device: torch.device) -> int | None:
+    """What a CUDA device can still allocate, the allocator's own reserve included; None where nobody says."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    reserve_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve_bytes
 
 
 @torch.no_grad()

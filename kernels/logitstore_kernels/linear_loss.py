@@ -16,7 +16,13 @@ from torch.autograd.function import once_differentiable
 from logitstore_kernels.chunk_math import LossTerms
 from logitstore_kernels.chunked import LossRows, graph_is_kept
 from logitstore_kernels.linear_arguments import check_head, check_head_against, logits_dtype
-from logitstore_kernels.linear_chunks import HeadGradients, LinearHead, linear_chunk_rows, linear_loss_rows
+from logitstore_kernels.linear_chunks import (
+    HeadGradients,
+    LinearHead,
+    free_bytes_on,
+    linear_chunk_rows,
+    linear_loss_rows,
+)
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
@@ -118,11 +124,15 @@ def _loss_parts(
         reduction=reduction, num_items_in_batch=num_items_in_batch, kl_wanted=kl_wanted,
     )  # fmt: skip
     counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
-    dtype = logits_dtype(hidden_ND)
+    dtype, device = logits_dtype(hidden_ND), hidden_ND.device
+    if chunk_rows is None:
+        chunk_rows = linear_chunk_rows(
+            len(hidden_ND), teacher.vocab_size, dtype, device, free_bytes=free_bytes_on(device)
+        )  # fmt: skip
     call = _Call(
         teacher, labels_N, counted_N, LossTerms(float(temperature), float(alpha), tail, kl_wanted, ce_wanted),
         row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(hidden_ND)), reduction,
-        chunk_rows or linear_chunk_rows(len(hidden_ND), teacher.vocab_size, dtype, hidden_ND.device), dtype,
+        chunk_rows, dtype,
     )  # fmt: skip
     weight_VD, bias = whole_weight(weight_VD), None if bias is None else whole_weight(bias)
     if not _wanted(hidden_ND, weight_VD, bias):

@@ -6,8 +6,8 @@ Letters: N rows, C rows of a chunk, D width, K entries kept, V vocabulary.
 import torch
 from torch import Tensor
 
-from logitstore_kernels.linear_arguments import check_head
-from logitstore_kernels.linear_chunks import LinearHead, linear_chunk_rows, new_logits, write_logits
+from logitstore_kernels.linear_arguments import check_head, logits_dtype
+from logitstore_kernels.linear_chunks import LinearHead, free_bytes_on, linear_chunk_rows, new_logits, write_logits
 from logitstore_kernels.topk import TopKWithTail, check_topk, topk_with_tail
 
 
@@ -27,7 +27,8 @@ def topk_with_tail_linear(
     """topk_with_tail(logits, k, ...) of logits = softcap * tanh(scale * (hidden_ND @ weight_VD^T + bias) / softcap).
 
     hidden_ND: [N, D], weight_VD: [V, D] or longer (the padding of a head), bias: as long; one float dtype, which is
-        that of the logits, so that they are rounded as a Linear's are. softcap None: no cap.
+        that of the logits (under autocast they have its dtype), so that they are rounded as a Linear's are. softcap
+        None: no cap.
     chunk_rows: rows whose logits are held at a time; None for what suits the device (linear_chunk_rows).
     k, vocab_size, min_prob, and what is returned: as in topk_with_tail.
 
@@ -42,9 +43,15 @@ def topk_with_tail_linear(
     logits_NV = hidden_ND.new_empty(1).expand(len(hidden_ND), len(weight_VD))
     _, vocab_size = check_topk(logits_NV, k, vocab_size, min_prob, chunk_rows)
     tokens = slice(0, vocab_size)
-    head = LinearHead(hidden_ND, weight_VD[tokens], None if bias is None else bias[tokens])
+    dtype = logits_dtype(hidden_ND)
+    hidden_ND = hidden_ND.to(dtype)
+    head = LinearHead(hidden_ND, weight_VD[tokens].to(dtype), None if bias is None else bias[tokens].to(dtype))
     n_rows = len(hidden_ND)
-    chunk_rows = chunk_rows or linear_chunk_rows(n_rows, vocab_size, hidden_ND.dtype, hidden_ND.device)
+    if chunk_rows is None:
+        device = hidden_ND.device
+        chunk_rows = linear_chunk_rows(
+            n_rows, vocab_size, dtype, device, free_bytes=free_bytes_on(device)
+        )  # fmt: skip
     buffer_CV = new_logits(head, min(chunk_rows, n_rows))
     parts = []
     for start in range(0, max(n_rows, 1), chunk_rows):

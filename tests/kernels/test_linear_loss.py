@@ -286,6 +286,10 @@ def test_rows_of_a_chunk_by_device():
     assert linear_chunk_rows(8192, 128_256, torch.bfloat16, other) == 2048
     assert linear_chunk_rows(2049, 128_256, torch.bfloat16, other) == 1025
     assert linear_chunk_rows(100, 128_256, torch.bfloat16, other) == 100
+    gigabyte = 10**9  # two buffers of 1,024 rows take 0.53 GB, of 2,048 rows 1.05 GB
+    assert linear_chunk_rows(8192, 128_256, torch.bfloat16, other, free_bytes=2 * gigabyte) == 2048
+    assert linear_chunk_rows(8192, 128_256, torch.bfloat16, other, free_bytes=gigabyte) == 1024
+    assert linear_chunk_rows(8192, 128_256, torch.bfloat16, other, free_bytes=0) == 1
     assert linear_chunk_rows(4096, 65_536, torch.float32, cpu) == 256
     assert linear_chunk_rows(4096, 262_144, torch.float32, cpu) == 128
     assert linear_chunk_rows(0, 262_144, torch.float32, cpu) == 1

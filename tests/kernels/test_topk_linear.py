@@ -60,6 +60,15 @@ def test_it_is_the_codec_s_own_reduction(scale, softcap, min_prob):
     assert min_prob is None or len(got.ids) < K * (N - 1)
 
 
+def test_autocast_decides_the_dtype_of_the_logits():
+    hidden_ND, weight_VD, bias = head_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = topk_with_tail_linear(hidden_ND, weight_VD, K, bias=bias)
+    expected = topk_with_tail_linear(*(x.bfloat16() for x in (hidden_ND, weight_VD)), K, bias=bias.bfloat16())
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert (got.logps_NK != topk_with_tail_linear(hidden_ND, weight_VD, K, bias=bias).logps_NK).any()
+
+
 class LargestTensor(TorchDispatchMode):
     n_elements = 0
 
