@@ -8,8 +8,6 @@ price: the gradient exists before backward() asks for it, and it cannot be diffe
 Letters: N rows, C rows of a chunk, V vocabulary, W logits columns (W >= V). T is the temperature.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from logitstore_kernels.chunk_math import (
     ChunkBuffers,
     KnownRows,
-    LossTerms,
     known_rows,
     needs_shape,
     needs_two_exponentials,
@@ -26,16 +23,9 @@ from logitstore_kernels.chunk_math import (
     write_gradient,
 )
 from logitstore_kernels.loss_arguments import compute_dtype
+from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.row_chunks import row_chunks, rows_per_chunk
 from logitstore_kernels.teacher_batch import TeacherBatch
-
-
-class LossRows(NamedTuple):
-    """Per-row values [N], 0 in rows that do not count: the loss, which carries the graph, and its two parts."""
-
-    loss_N: Tensor
-    kl_N: Tensor
-    ce_N: Tensor
 
 
 def chunked_loss_rows(
@@ -95,7 +85,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 "the distillation loss was differentiated a second time; its gradient was handed out by the first "
                 "backward(). Pass retain_graph=True to that one, or compute the loss again"
             )
-        if _graph_is_kept():
+        if graph_is_kept():
             gradient_NW = gradient_NW.clone()
         else:
             ctx.gradient_NW = None
@@ -103,7 +93,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient_NW, *(None,) * 7
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether this backward() runs with retain_graph=True, so that it may be followed by another one.
 
     Where PyTorch does not say (the call is private to it), yes: that costs a copy of the gradient, nothing else.

@@ -287,6 +287,21 @@ class TeacherBatch:
         log_n_N = self.n_tail_N.to(self.tail_logmass_N.dtype).log()
         return dataclasses.replace(self, tail_logmoment_half_N=0.5 * (log_n_N + self.tail_logmass_N))
 
+    def rows(self, rows: slice) -> "TeacherBatch":
+        """The batch of these rows; its tensors are views."""
+        dense, values, half_N = self.dense_tail, self.code_values, self.tail_logmoment_half_N
+        if values is not None and values.scale_N is not None:
+            values = dataclasses.replace(values, scale_N=values.scale_N[rows], offset_N=values.offset_N[rows])
+        return dataclasses.replace(
+            self,
+            ids_NK=self.ids_NK[rows],
+            values_NK=self.values_NK[rows],
+            tail_logmass_N=self.tail_logmass_N[rows],
+            tail_logmoment_half_N=None if half_N is None else half_N[rows],
+            dense_tail=None if dense is None else dataclasses.replace(dense, coefs_Nr=dense.coefs_Nr[rows]),
+            code_values=values,
+        )
+
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TeacherBatch":
         """This batch with every tensor on `device`."""
         movable = ("ids_NK", "values_NK", "tail_logmass_N", "tail_logmoment_half_N", "dense_tail", "code_values")

@@ -166,3 +166,10 @@ def value_and_gradient_of(loss_function, leaf, *args, **kwargs):
 @pytest.fixture(scope="session")
 def value_and_gradient():
     return value_and_gradient_of
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch):
+    """Triton kernels run on CPU tensors, by the interpreter. No test imports them without this fixture: the choice
+    between compiler and interpreter is made when they are imported."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
