@@ -22,9 +22,14 @@ from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.triton_loss import distillation_loss_kernel
 
 MAX_SLOTS = 2048
-# 16 KiB of logits a tile and 8 warps take 128 registers a thread at most without a stack: two programs a processor.
+# The largest tiles of which no variant needs a stack (tests/kernels/compile_gate.py): what also sums the logits or caps
+# them, or addresses them one by one, keeps more of a tile in registers.
 _TILE_BYTES = 16_384
+_TILE_BYTES_WITH_MORE = 8_192
 _MAX_WARPS = 8
+# Of a thread: two programs of 8 warps fill a processor's 65,536. Said aloud, because the assembler otherwise gives up a
+# register or two to a stack in order to fit more programs.
+_MAX_REGISTERS = 128
 # Scratch rows of a call without a gradient: enough programs to fill an accelerator, few enough to stay in its cache.
 _PROGRAMS_PER_PROCESSOR = 2
 
@@ -69,9 +74,9 @@ class Variant:
     BLOCK: int
 
     @property
-    def num_warps(self) -> int:
-        """So many that a thread holds at least 16 elements of a tile."""
-        return max(1, min(self.BLOCK // (32 * 16), _MAX_WARPS))
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides: so many warps that a thread holds at least 16 elements of a tile."""
+        return {"num_warps": max(1, min(self.BLOCK // (32 * 16), _MAX_WARPS)), "maxnreg": _MAX_REGISTERS}
 
     @property
     def needs_scratch(self) -> bool:
@@ -89,10 +94,19 @@ def variant_of(
     in_place: bool,
     codes: bool,
     numbers: bool,
+    even: bool,
     block: int | None = None,
 ) -> Variant:
-    """The variant that computes `terms`; block: another tile than the one for this vocabulary, a power of 2."""
+    """The variant that computes `terms`.
+
+    even: whether the row stride and the vocabulary are multiples of 16, so that accesses are wide.
+    block: another tile than the one for this vocabulary, a power of 2.
+    """
     two = terms.kl_wanted and terms.ce_wanted and terms.temperature != 1
+    smoothing = terms.ce_wanted and terms.label_smoothing > 0
+    sums_logits = smoothing or (terms.kl_wanted and terms.tail == "uniform")
+    needs_more = sums_logits or terms.softcap is not None or not even
+    tile_bytes = _TILE_BYTES_WITH_MORE if needs_more else _TILE_BYTES
     return Variant(
         TAIL=terms.tail if terms.kl_wanted else "dropped",
         KL=terms.kl_wanted,
@@ -103,11 +117,11 @@ def variant_of(
         GRADIENT=gradient,
         IN_PLACE=in_place,
         SOFTCAP=terms.softcap is not None,
-        SMOOTHING=terms.ce_wanted and terms.label_smoothing > 0,
+        SMOOTHING=smoothing,
         CODES=codes and terms.kl_wanted,
         NUMBERS=numbers and terms.kl_wanted,
         SLOTS=triton.next_power_of_2(max(n_slots, 1)) if terms.kl_wanted else 1,
-        BLOCK=block or min(_TILE_BYTES // element_bytes, max(128, triton.next_power_of_2(vocab_size))),
+        BLOCK=block or min(tile_bytes // element_bytes, max(128, triton.next_power_of_2(vocab_size))),
     )
 
 
@@ -144,7 +158,7 @@ def launch(
     variant = variant_of(
         terms, vocab_size=vocab_size, element_bytes=logits_NW.element_size(), n_slots=teacher.ids_NK.shape[1],
         gradient=gradient_NW is not None, in_place=in_place, codes=teacher.table_256 is not None,
-        numbers=teacher.scale_N is not None, block=block,
+        numbers=teacher.scale_N is not None, even=logits_NW.stride(0) % 16 == vocab_size % 16 == 0, block=block,
     )  # fmt: skip
     n_programs, work = n_rows, gradient_NW
     if gradient_NW is None:
@@ -163,7 +177,7 @@ def launch(
         labels_N, counted_N, upstream_N, *outputs, n_rows, vocab_size, n_columns,
         teacher.ids_NK.shape[1], logits_NW.stride(0), work.stride(0), 1.0 / _used_temperature(terms),
         terms.temperature, terms.alpha, terms.label_smoothing, terms.z_loss, terms.softcap or 0.0,
-        **dataclasses.asdict(variant), num_warps=variant.num_warps,
+        **dataclasses.asdict(variant), **variant.options,
     )  # fmt: skip
     return outputs
 

@@ -332,6 +332,20 @@ def distillation_loss_kernel(
             loss += tl.where(alpha < 1, (1 - alpha) * ce, 0.0)
 
             if GRADIENT:
+                # The columns that the dense formula does not hold for, before it, so that little is kept meanwhile.
+                is_label_K = entry_K & (ids_K == label)
+                if CE:
+                    label_x = label_x + row_peak
+                    at_label = gradient_tile(label_x, peak, beta, scale_T, scale_1, constant, 0.0, TWO, SQUARE, False)
+                    at_label = (at_label - label_gradient) * slope_of_cap(label_x, softcap, SOFTCAP)
+                    write_label = label_inside
+                    if KL:
+                        write_label = label_inside & (tl.sum(is_label_K.to(tl.int32), axis=0) == 0)
+                if KL:
+                    if CE:
+                        head_gradient_K += tl.exp(head_K - lse_1) * p_scale - each
+                        head_gradient_K = tl.where(is_label_K, head_gradient_K - label_gradient, head_gradient_K)
+                    head_gradient_K *= slope_of_cap(head_K + row_peak, softcap, SOFTCAP)
                 tl.debug_barrier()  # every gathered logit has been read
                 if n_full < vocab_size:
                     column = n_full + tl.arange(0, BLOCK)
@@ -368,21 +382,9 @@ def distillation_loss_kernel(
                     tl.store(work_row + column, gradient.to(work_ptr.dtype.element_ty), eviction_policy="evict_first")
                 zero_columns(work_row, vocab_size, n_columns, BLOCK)
                 tl.debug_barrier()  # the columns below were just written by other threads
-                is_label_K = entry_K & (ids_K == label)
                 if CE:
-                    label_x = label_x + row_peak
-                    at_label = gradient_tile(label_x, peak, beta, scale_T, scale_1, constant, 0.0, TWO, SQUARE, False)
-                    at_label = (at_label - label_gradient) * slope_of_cap(label_x, softcap, SOFTCAP)
-                    label_is_entry = tl.sum(is_label_K.to(tl.int32), axis=0) > 0
-                    write_label = label_inside
-                    if KL:
-                        write_label = label_inside & (label_is_entry == 0)
                     tl.store(work_row + label, at_label.to(work_ptr.dtype.element_ty), mask=write_label)
                 if KL:
-                    if CE:
-                        head_gradient_K += tl.exp(head_K - lse_1) * p_scale - each
-                        head_gradient_K = tl.where(is_label_K, head_gradient_K - label_gradient, head_gradient_K)
-                    head_gradient_K *= slope_of_cap(head_K + row_peak, softcap, SOFTCAP)
                     tl.store(work_row + ids_K, head_gradient_K.to(work_ptr.dtype.element_ty), mask=inside_K)
         tl.store(loss_ptr + row, loss)
         tl.store(kl_ptr + row, kl)
