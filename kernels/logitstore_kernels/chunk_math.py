@@ -9,25 +9,14 @@ the teacher's and the student's probabilities at T.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.tempering import NOT_NORMALISED, temper_teacher
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """What is computed: kl_wanted / ce_wanted say which softmaxes are taken; one with a weight above 0 must be."""
-
-    temperature: float
-    alpha: float
-    tail: str
-    kl_wanted: bool
-    ce_wanted: bool
 
 
 class ChunkBuffers(NamedTuple):

@@ -9,8 +9,6 @@ it, and it cannot be differentiated again.
 Letters: N rows, C rows of a chunk, V vocabulary, W logits columns (W >= V). T is the temperature.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from logitstore_kernels.chunk_math import (
     ChunkBuffers,
     KnownRows,
-    LossTerms,
     known_rows,
     needs_scratch,
     needs_shape,
@@ -27,16 +24,9 @@ from logitstore_kernels.chunk_math import (
     write_gradient,
 )
 from logitstore_kernels.loss_arguments import compute_dtype
+from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.row_chunks import RowChunk, row_chunks, rows_per_chunk, zero_rows
 from logitstore_kernels.teacher_batch import TeacherBatch
-
-
-class LossRows(NamedTuple):
-    """Per-row values [N], 0 in rows that do not count: the loss, which carries the graph, and its two parts."""
-
-    loss_N: Tensor
-    kl_N: Tensor
-    ce_N: Tensor
 
 
 def chunked_loss_rows(

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitstore_kernels.chunk_math import LossTerms
-from logitstore_kernels.chunked import LossRows
 from logitstore_kernels.dispatch import loss_rows
 from logitstore_kernels.linear_arguments import is_autocast_on
 from logitstore_kernels.loss_arguments import compute_dtype
+from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.teacher_rows import rows_of
 
@@ -109,7 +108,7 @@ def linear_loss_rows(
             hidden_CD = torch.where(counted_N[rows, None], head.hidden_ND[rows], 0)
             logits_CV = buffer_CV[: len(hidden_CD)]
             write_logits(logits_CV, hidden_CD, head)
-            upstream_C = None if upstream is None else upstream.expand(n_rows)[rows]
+            upstream_C = upstream[rows] if upstream is not None and upstream.dim() else upstream
             part = (rows_of(teacher, rows), labels_N[rows], counted_N[rows], terms)
             chunk_values, gradient_CV = _loss_and_gradient(logits_CV, part, upstream_C)
             for whole, chunk in zip(values, chunk_values, strict=True):
@@ -158,15 +157,15 @@ def write_logits(logits_CV: Tensor, hidden_CD: Tensor, head: LinearHead) -> None
         torch.addmm(head.bias_V, hidden_CD, head.weight_VD.T, out=logits_CV)
 
 
-def _loss_and_gradient(logits_CV: Tensor, part: tuple, upstream_C: Tensor | None) -> tuple[LossRows, Tensor | None]:
-    """The chunk's values and the gradient of its logits * upstream_C, written over the logits."""
-    one = torch.ones((), dtype=compute_dtype(logits_CV), device=logits_CV.device)
-    if upstream_C is None:
+def _loss_and_gradient(logits_CV: Tensor, part: tuple, upstream: Tensor | None) -> tuple[LossRows, Tensor | None]:
+    """The chunk's values and the gradient of its logits * upstream (0 axes or [C]), written over the logits."""
+    if upstream is None:
+        one = torch.ones((), dtype=compute_dtype(logits_CV), device=logits_CV.device)
         return loss_rows(logits_CV, *part, expected_upstream=one), None
     with torch.enable_grad():
         leaf_CV = logits_CV.detach().requires_grad_()
-        values = loss_rows(leaf_CV, *part, expected_upstream=one, inplace=True)
-        (gradient_CV,) = torch.autograd.grad(values.loss_N, leaf_CV, upstream_C)
+        values = loss_rows(leaf_CV, *part, expected_upstream=upstream, inplace=True)
+        (gradient_CV,) = torch.autograd.grad(values.loss_N, leaf_CV, upstream.expand(len(leaf_CV)))
     return LossRows(*(value.detach() for value in values)), gradient_CV
 
 

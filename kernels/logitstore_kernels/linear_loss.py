@@ -7,14 +7,14 @@ gradient of its own, with reduction="none", they are made in backward(), where t
 Letters: N rows, D width, V vocabulary. T is the temperature.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitstore_kernels.chunk_math import LossTerms
-from logitstore_kernels.chunked import LossRows, graph_is_kept
+from logitstore_kernels.chunked import graph_is_kept
 from logitstore_kernels.linear_arguments import check_head, check_head_against, logits_dtype
 from logitstore_kernels.linear_chunks import (
     HeadGradients,
@@ -26,11 +26,13 @@ from logitstore_kernels.linear_chunks import (
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
+    check_extra_terms,
     compute_dtype,
     counted_rows,
     reduce_rows,
     row_weight,
 )
+from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.sharded_weight import whole_weight
 from logitstore_kernels.teacher_batch import TeacherBatch
 
@@ -48,6 +50,10 @@ def fused_linear_distillation_loss(
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weights_N: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """distillation_loss(hidden_ND @ weight_VD^T + bias, t, labels_N, ...), without ever holding logits of all N rows.
@@ -56,7 +62,7 @@ def fused_linear_distillation_loss(
     weight_VD: [V, D] or longer, of the same dtype, as in torch.nn.Linear and an lm_head; rows at or beyond t.vocab_size
         (padding of the head) take no part. It may be a DTensor, whose parts are then gathered here: see below.
     bias: [V], as long as weight_VD and of its dtype, or None.
-    temperature, alpha, tail, ignore_index, reduction, num_items_in_batch: as in distillation_loss.
+    All others: as in distillation_loss.
     chunk_rows: rows whose logits are held at a time; None for what suits the device (linear_chunk_rows).
 
     Under autocast the logits have its dtype, whatever those of hidden_ND and weight_VD; logits are rounded to their
@@ -70,9 +76,10 @@ def fused_linear_distillation_loss(
     Raises TypeError / ValueError as distillation_loss does, and for a hidden_ND, weight_VD and bias that do not go
     together.
     """
+    terms = LossTerms(temperature, alpha, tail, alpha != 0, alpha != 1, label_smoothing, z_loss, softcap)
     return _loss_parts(
-        hidden_ND, weight_VD, t, labels_N, bias, temperature, alpha, tail, ignore_index, reduction,
-        num_items_in_batch, chunk_rows, kl_wanted=alpha != 0, ce_wanted=alpha != 1,
+        hidden_ND, weight_VD, t, labels_N, bias, terms, ignore_index, reduction, num_items_in_batch, row_weights_N,
+        chunk_rows,
     ).loss  # fmt: skip
 
 
@@ -89,12 +96,17 @@ def fused_linear_distillation_loss_parts(
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weights_N: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> DistillationLossParts:
     """(loss, kl, ce) as from distillation_loss_parts; arguments and errors as in fused_linear_distillation_loss."""
+    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap)
     return _loss_parts(
-        hidden_ND, weight_VD, t, labels_N, bias, temperature, alpha, tail, ignore_index, reduction,
-        num_items_in_batch, chunk_rows, kl_wanted=True, ce_wanted=True,
+        hidden_ND, weight_VD, t, labels_N, bias, terms, ignore_index, reduction, num_items_in_batch, row_weights_N,
+        chunk_rows,
     )  # fmt: skip
 
 
@@ -105,41 +117,44 @@ class _Call(NamedTuple):
     labels_N: Tensor
     counted_N: Tensor
     terms: LossTerms
-    weight: Tensor
+    weight: Tensor  # what a row is multiplied with, 0 axes or [N]
     reduction: str
     chunk_rows: int
     dtype: torch.dtype
 
 
 def _loss_parts(
-    hidden_ND, weight_VD, teacher, labels_N, bias, temperature, alpha, tail, ignore_index, reduction,
-    num_items_in_batch, chunk_rows, *, kl_wanted, ce_wanted,
+    hidden_ND, weight_VD, teacher, labels_N, bias, terms, ignore_index, reduction, num_items_in_batch, row_weights_N,
+    chunk_rows,
 ) -> DistillationLossParts:  # fmt: skip
     check_head(hidden_ND, weight_VD, bias)
     check_head_against(hidden_ND, weight_VD, teacher, chunk_rows)
     # For the checks of what is not the head's: logits of the right shape that take no memory.
     logits_NV = hidden_ND.detach().new_empty(1).expand(len(hidden_ND), len(weight_VD))
     check_arguments(
-        logits_NV, teacher, labels_N, temperature=temperature, alpha=alpha, tail=tail, ignore_index=ignore_index,
-        reduction=reduction, num_items_in_batch=num_items_in_batch, kl_wanted=kl_wanted,
+        logits_NV, teacher, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
+        kl_wanted=terms.kl_wanted,
     )  # fmt: skip
+    check_extra_terms(terms, row_weights_N, labels_N)
+    terms = replace(terms, temperature=float(terms.temperature), alpha=float(terms.alpha))
     counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
+    weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(hidden_ND), row_weights_N)
+    if row_weights_N is not None:
+        counted_N &= row_weights_N != 0
     dtype, device = logits_dtype(hidden_ND), hidden_ND.device
     if chunk_rows is None:
         chunk_rows = linear_chunk_rows(
             len(hidden_ND), teacher.vocab_size, dtype, device, free_bytes=free_bytes_on(device)
         )  # fmt: skip
-    call = _Call(
-        teacher, labels_N, counted_N, LossTerms(float(temperature), float(alpha), tail, kl_wanted, ce_wanted),
-        row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(hidden_ND)), reduction,
-        chunk_rows, dtype,
-    )  # fmt: skip
+    call = _Call(teacher, labels_N, counted_N, terms, weight, reduction, chunk_rows, dtype)
     weight_VD, bias = whole_weight(weight_VD), None if bias is None else whole_weight(bias)
     if not _wanted(hidden_ND, weight_VD, bias):
         rows, _ = _run(hidden_ND, weight_VD, bias, call, None, (False,) * 3)
-        return reduce_rows(*rows, call.weight, reduction)
-    function = _LinearLossRows if reduction == "none" else _LinearLoss
-    return DistillationLossParts(*function.apply(hidden_ND, weight_VD, bias, call))
+        return reduce_rows(*rows, weight, reduction)
+    if reduction == "none":
+        return reduce_rows(*_LinearLossRows.apply(hidden_ND, weight_VD, bias, call), weight, reduction)
+    return DistillationLossParts(*_LinearLoss.apply(hidden_ND, weight_VD, bias, call))
 
 
 def _wanted(*head: Tensor | None) -> tuple[bool, ...] | None:
@@ -165,13 +180,14 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias, call):
-        upstream = call.weight
-        if call.dtype == torch.float16:
+        rest = call.weight.new_ones(())
+        if call.dtype == torch.float16 and call.weight.numel():
             # It has no room for gradients divided by N before a GradScaler has multiplied them. What is left out here
             # is a power of two, so that multiplying with it in backward() rounds nothing.
-            upstream = upstream / upstream.log2().ceil().exp2()
-        rows, ctx.gradients = _run(hidden_ND, weight_VD, bias, call, upstream, ctx.needs_input_grad[:3])
-        ctx.rest = call.weight / upstream
+            largest = call.weight.abs().amax()
+            rest = torch.where(largest > 0, largest, 1).log2().ceil().exp2()
+        rows, ctx.gradients = _run(hidden_ND, weight_VD, bias, call, call.weight / rest, ctx.needs_input_grad[:3])
+        ctx.rest = rest
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in (hidden_ND, weight_VD, bias)]
         ctx.set_materialize_grads(False)
         parts = reduce_rows(*rows, call.weight, call.reduction)

@@ -16,14 +16,13 @@ from torch.autograd.function import once_differentiable
 from logitstore_kernels.chunk_math import (
     ChunkBuffers,
     KnownRows,
-    LossTerms,
     StudentRows,
     known_rows,
     needs_shape,
     stream,
     write_gradient,
 )
-from logitstore_kernels.chunked import LossRows, take_gradient
+from logitstore_kernels.chunked import take_gradient
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
@@ -32,6 +31,7 @@ from logitstore_kernels.loss_arguments import (
     reduce_rows,
     row_weight,
 )
+from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.row_chunks import rows_per_chunk
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.vocab_shards import MergedRows, ShardRows, in_shard, in_whole_row, merge, shard_rows
@@ -59,8 +59,9 @@ def vocab_parallel_distillation_loss(
     vocab_start: the token of the first column.
     group: the torch.distributed process group of the shards; None for the default one.
 
-    Everything else as in distillation_loss. The gradient is that of this process's columns for the loss of the whole
-    rows, which every process is to differentiate alike; backward() communicates nothing. Every process must call.
+    Everything else as in distillation_loss, of which label smoothing, z-loss, softcap, row weights and inplace are not
+    here. The gradient is that of this process's columns for the loss of the whole rows, which every process is to
+    differentiate alike; backward() communicates nothing. Every process must call.
 
     Raises TypeError / ValueError as distillation_loss does, for a vocab_start that is no column number, and on a CPU
     where the columns of all processes are not as many as the vocabulary's.

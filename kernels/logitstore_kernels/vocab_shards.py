@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitstore_kernels.chunk_math import KnownRows, LossTerms, StudentRows, TailShape, needs_shape, times_log_ratio
+from logitstore_kernels.chunk_math import KnownRows, StudentRows, TailShape, needs_shape, times_log_ratio
+from logitstore_kernels.loss_terms import LossTerms
 
 
 class ShardRows(NamedTuple):

@@ -191,3 +191,10 @@ def run_two_processes(worker: Path, meeting_file: Path) -> None:
 @pytest.fixture(scope="session")
 def two_processes():
     return run_two_processes
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch):
+    """Triton kernels run on CPU tensors, by the interpreter. No test imports them without this fixture: the choice
+    between compiler and interpreter is made when they are imported."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")

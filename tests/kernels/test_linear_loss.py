@@ -12,8 +12,9 @@ from logitstore_kernels import (
     fused_linear_distillation_loss,
     fused_linear_distillation_loss_parts,
 )
-from logitstore_kernels.chunk_math import LossTerms
+from logitstore_kernels.dispatch import why_not_the_kernel
 from logitstore_kernels.linear_chunks import LinearHead, linear_chunk_rows, linear_loss_rows
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,6 +86,75 @@ def test_samples_and_the_number_of_items(case_factory):
         args = (head_of(), samples, case.labels_N, 1.0, 0.7, "sampled", -100, "mean", n_items)
         got = value_and_gradients(fused_linear_distillation_loss, *args, chunk_rows=4)
         assert_close(got, value_and_gradients(linear_reference, *args))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"z_loss": 1e-2},
+        {"softcap": 5.0},
+        {"row_weights_N": torch.linspace(-1, 2, N).double()},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_other_terms_of_the_loss(case_factory, options, reduction):
+    case = case_factory(N, V, 5).with_ignored(4)
+    if "row_weights_N" in options:
+        options["row_weights_N"][2] = 0.0
+    upstream = torch.linspace(-1, 1, N) if reduction == "none" else torch.tensor(3.0)
+    for head, args in itertools.product([head_of(), head_of(bias=False)], [(2.0, 0.7, "bucket"), (1.5, 0.7, "dense")]):
+        args = (head, case.teacher, case.labels_N, *args, -100, reduction)
+        got = value_and_gradients(fused_linear_distillation_loss, *args, upstream=upstream, chunk_rows=4, **options)
+        assert_close(got, value_and_gradients(linear_reference, *args, upstream=upstream, **options))
+
+
+def coded_teacher(teacher: TeacherBatch) -> TeacherBatch:
+    """The same entries with one-byte codes of other values, a scale and an offset to each row."""
+    rng = torch.Generator().manual_seed(3)
+    codes_NK = torch.randint(256, teacher.ids_NK.shape, generator=rng, dtype=torch.uint8)
+    return TeacherBatch.from_codes(
+        teacher.ids_NK, codes_NK, torch.linspace(-8, 0, 256), scale_N=torch.linspace(0.5, 1, N),
+        offset_N=torch.linspace(-1, 0, N), tail_logmass_N=teacher.tail_logmass_N,
+        tail_logmoment_half_N=teacher.tail_logmoment_half_N, vocab_size=V,
+    )  # fmt: skip
+
+
+def test_a_teacher_of_codes(case_factory):
+    case = case_factory(N, V, 5).with_ignored(4)
+    teacher = coded_teacher(case.teacher)
+    for reduction in ("mean", "none"):
+        args = (head_of(), teacher, case.labels_N, 2.0, 0.7, "bucket", -100, reduction)
+        got = value_and_gradients(fused_linear_distillation_loss, *args, chunk_rows=4)
+        assert_close(got, value_and_gradients(linear_reference, *args))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_triton_kernel_between_the_products(case_factory, triton_interpreter, reduction, weighted):
+    case = case_factory(N, V, 5).with_ignored(4)
+    teacher, head = coded_teacher(case.teacher), head_of(dtype=torch.float32, extra=2)
+    assert why_not_the_kernel(head[0].new_empty(N, V), teacher, LossTerms(2.0, 0.7, "bucket", True, True)) is None
+    exact = tuple(x.detach().double().requires_grad_() for x in head)
+    options = {"row_weights_N": torch.linspace(-1, 2, N)} if weighted else {}
+    args = (teacher, case.labels_N, 2.0, 0.7, "bucket", -100, reduction)
+    got = value_and_gradients(fused_linear_distillation_loss, head, *args, chunk_rows=4, **options)
+    for one, other in zip(got, value_and_gradients(linear_reference, exact, *args, **options), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_row_weights_in_float16(case_factory):
+    case = case_factory(N, V, 5).with_ignored(4)
+    head = head_of(dtype=torch.float16)
+    exact = tuple(x.detach().double().requires_grad_() for x in head)
+    args = (case.teacher, case.labels_N)
+    for weights_N in (torch.linspace(-3, 300, N), torch.zeros(N)):
+        plain = value_and_gradients(linear_reference, head, *args, row_weights_N=weights_N)
+        truth = value_and_gradients(linear_reference, exact, *args, row_weights_N=weights_N)
+        got = value_and_gradients(fused_linear_distillation_loss, head, *args, row_weights_N=weights_N, chunk_rows=4)
+        for ours, yardstick, value in zip(got, plain, truth, strict=True):
+            assert (ours - value).abs().max() <= 2 * (yardstick - value).abs().max() + 1e-7 * value.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitstore_kernels import TeacherBatch, distillation_loss, distillation_loss_parts
-from logitstore_kernels.chunk_math import LossTerms
 from logitstore_kernels.chunked import chunked_loss_rows
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 
 TAILS = ["bucket", "uniform", "renormalised", "dropped", "dense"]
