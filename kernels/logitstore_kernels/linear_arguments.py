@@ -6,6 +6,7 @@ Letters: N rows, D width, V vocabulary.
 import torch
 from torch import Tensor
 
+from logitstore_kernels.autocast import is_autocast_on
 from logitstore_kernels.teacher_batch import TeacherBatch
 
 
@@ -58,8 +59,3 @@ def logits_dtype(hidden_ND: Tensor) -> torch.dtype:
     if is_autocast_on(hidden_ND.device) and hidden_ND.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden_ND.device.type)
     return hidden_ND.dtype
-
-
-def is_autocast_on(device: torch.device) -> bool:
-    """Whether autocast is enabled for this kind of device; False for one that has none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -8,14 +8,13 @@ vocabulary at a time. On an accelerator that part is the result of a product in 
 Letters: N rows, C rows of a chunk, D width, V vocabulary.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from logitstore_kernels.autocast import without_autocast
 from logitstore_kernels.dispatch import loss_rows
-from logitstore_kernels.linear_arguments import is_autocast_on
 from logitstore_kernels.loss_arguments import compute_dtype
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
@@ -99,9 +98,7 @@ def linear_loss_rows(
     values = LossRows(*(torch.zeros(n_rows, dtype=dtype, device=labels_N.device) for _ in range(3)))
     gradients = _new_gradients(head, dtype, wanted if upstream is not None else (False,) * 3)
     buffer_CV = new_logits(head, min(chunk_rows, n_rows))
-    device = labels_N.device
-    without_autocast = torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
-    with without_autocast:
+    with without_autocast(labels_N.device):
         for start in range(0, n_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, n_rows))
             # 0 * NaN is NaN in the weight's gradient, so that rows that do not count must hold no NaN.

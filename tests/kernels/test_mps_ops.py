@@ -124,6 +124,34 @@ def test_the_loss(case_factory, tail, temperature, dtype):
     on_mps(run)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_other_terms_of_the_loss(case_factory, tail):
+    case = case_factory(6, 21, 4)
+    teacher, labels_N = teacher_of(case, tail, torch.float32), case.labels_N.to("meta")
+    weights_N = torch.empty(6, device="meta")
+    terms = ({"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 30.0}, {"row_weights_N": weights_N})
+
+    def run():
+        for kwargs in terms:
+            leaf = torch.empty(6, 24, device="meta", requires_grad=True)
+            distillation_loss_parts(leaf, teacher, labels_N, 1.0, 0.7, tail, **kwargs).loss.backward()
+            assert leaf.grad.shape == (6, 24)
+
+    on_mps(run)
+
+
+def test_a_teacher_of_codes(case_factory):
+    case = case_factory(6, 21, 4)
+    given = case.teacher
+    teacher = TeacherBatch.from_codes(
+        given.ids_NK, torch.full((6, 4), 9, dtype=torch.uint8), torch.linspace(-8, 0, 256), scale_N=torch.ones(6),
+        offset_N=torch.zeros(6), tail_logmass_N=given.tail_logmass_N,
+        tail_logmoment_half_N=given.tail_logmoment_half_N, vocab_size=21,
+    ).to("meta")  # fmt: skip
+    labels_N = case.labels_N.to("meta")
+    on_mps(lambda: distillation_loss_parts(torch.empty(6, 21, device="meta"), teacher, labels_N))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_topk_with_tail(dtype):
     logits_NV = torch.empty(6, 24, dtype=dtype, device="meta")
