@@ -16,15 +16,16 @@ from torch.autograd.function import once_differentiable
 from logitstore_kernels.chunked import graph_is_kept
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
+from logitstore_kernels.triton_dense_launch import launch_dense
 from logitstore_kernels.triton_launch import LossOutputs, PackedTeacher, launch, packed
 from logitstore_kernels.triton_scale import scale_rows_kernel
 
 # PackedTeacher, the rows, and LossTerms, in the order of their fields.
 _ARGUMENTS = (
     "Tensor ids, Tensor values, Tensor? table, Tensor? scale, Tensor? offset, Tensor tail_logmass, "
-    "Tensor? tail_logmoment_half, Tensor labels, Tensor counted, Tensor upstream, int vocab_size, "
-    "float temperature, float alpha, str tail, bool kl_wanted, bool ce_wanted, float label_smoothing, float z_loss, "
-    "float? softcap"
+    "Tensor? tail_logmoment_half, Tensor? coefs, Tensor? basis, Tensor? bias, Tensor labels, Tensor counted, "
+    "Tensor upstream, int vocab_size, float temperature, float alpha, str tail, bool kl_wanted, bool ce_wanted, "
+    "float label_smoothing, float z_loss, float? softcap"
 )
 _N_TEACHER = len(PackedTeacher._fields)
 _UPSTREAM = _N_TEACHER + 2
@@ -41,7 +42,8 @@ torch.library.define("logitstore::scale_rows_in_place", "(Tensor(a!) rows, Tenso
 def _launch(logits_NW: Tensor, gradient_NW: Tensor | None, arguments: tuple) -> LossOutputs:
     teacher, rest = PackedTeacher(*arguments[:_N_TEACHER]), arguments[_N_TEACHER:]
     labels_N, counted_N, upstream_N, vocab_size, *terms = rest
-    return launch(
+    launch_kernels = launch if teacher.basis_Vr is None else launch_dense
+    return launch_kernels(
         logits_NW, gradient_NW, teacher, labels_N, counted_N, upstream_N, LossTerms(*terms), vocab_size=vocab_size
     )
 
@@ -105,9 +107,9 @@ def triton_loss_rows(
         expected_upstream = torch.ones_like(expected_upstream)
     upstream_N = expected_upstream.float().expand(len(labels_N))
     arguments = (
-        *packed(teacher), labels_N, counted_N.view(torch.uint8), upstream_N, teacher.vocab_size,
-        terms.temperature, terms.alpha, terms.tail, terms.kl_wanted, terms.ce_wanted, terms.label_smoothing,
-        terms.z_loss, terms.softcap,
+        *packed(teacher, with_dense_tail=terms.kl_wanted and terms.tail == "dense"), labels_N,
+        counted_N.view(torch.uint8), upstream_N, teacher.vocab_size, terms.temperature, terms.alpha, terms.tail,
+        terms.kl_wanted, terms.ce_wanted, terms.label_smoothing, terms.z_loss, terms.softcap,
     )  # fmt: skip
     if torch.is_grad_enabled() and logits_NW.requires_grad:
         return LossRows(*_TritonLoss.apply(logits_NW, inplace, *arguments))

@@ -197,8 +197,7 @@ def test_nothing_is_read_by_the_host_in_backward(inplace):
     assert leaf.grad.shape == (6, 128)
 
 
-@pytest.mark.parametrize("tail", ["bucket", "sampled"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("tail", "inplace"), [("bucket", True), ("sampled", False), ("dense", False)])
 def test_torch_compile_takes_it_in_one_graph(case_factory, tail, inplace):
     case = case_factory(3, 130, 4).with_ignored(1)
     teacher = case.teacher
