@@ -22,8 +22,10 @@ from logitstore_kernels.triton_dense import (
 from logitstore_kernels.triton_launch import LossOutputs, PackedTeacher
 
 _SCRATCH_BYTES = 256 << 20
-_ROW_OPTIONS = {"num_warps": 4}
-_BLOCK_OPTIONS = {"num_warps": 8}
+# The kernels that take a row alone copy and clear it in tiles.
+ROW_TILE = {"BLOCK": 1024}
+ROW_OPTIONS = {"num_warps": 4}
+BLOCK_OPTIONS = {"num_warps": 8}
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,15 @@ def _launch_rows(
     weights = (beta, terms.temperature, terms.alpha, terms.label_smoothing, terms.z_loss, softcap)
     mark_rows_kernel[(n_rows,)](
         logits_NW, work_NW, head_NK, row_numbers_XN, *entries, labels_N, counted_N, n_rows, vocab_size, n_slots,
-        logits_NW.stride(0), work_NW.stride(0), beta, softcap, **_with_tile(variant.of(mark_rows_kernel)),
-        **_ROW_OPTIONS,
+        logits_NW.stride(0), work_NW.stride(0), beta, softcap, **(variant.of(mark_rows_kernel) | ROW_TILE),
+        **ROW_OPTIONS,
     )  # fmt: skip
     dense_rows_kernel[(triton.cdiv(n_rows, variant.M),)](
         work_NW, row_numbers_XN, *tail, counted_N, upstream_N, n_rows, vocab_size, n_coefs, work_NW.stride(0),
-        *weights, **variant.of(dense_rows_kernel), **_BLOCK_OPTIONS,
+        *weights, **variant.of(dense_rows_kernel), **BLOCK_OPTIONS,
     )  # fmt: skip
     finish_rows_kernel[(n_rows,)](
         work_NW, head_NK, row_numbers_XN, *entries, *tail, labels_N, counted_N, upstream_N, *outputs, n_rows,
         vocab_size, n_columns, n_slots, n_coefs, work_NW.stride(0), *weights,
-        **_with_tile(variant.of(finish_rows_kernel)), **_ROW_OPTIONS,
+        **(variant.of(finish_rows_kernel) | ROW_TILE), **ROW_OPTIONS,
     )  # fmt: skip
-
-
-def _with_tile(arguments: dict[str, object]) -> dict[str, object]:
-    """With the tile of the kernels that take a row alone, in which they copy and clear."""
-    return {**arguments, "BLOCK": 1024}
