@@ -8,6 +8,8 @@ again only in rows where something else came, which the device finds out by itse
 Letters: N rows, K entries kept, V vocabulary, W columns (W >= V).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -43,9 +45,15 @@ def _launch(logits_NW: Tensor, gradient_NW: Tensor | None, arguments: tuple) -> 
     teacher, rest = PackedTeacher(*arguments[:_N_TEACHER]), arguments[_N_TEACHER:]
     labels_N, counted_N, upstream_N, vocab_size, *terms = rest
     launch_kernels = launch if teacher.basis_Vr is None else launch_dense
-    return launch_kernels(
-        logits_NW, gradient_NW, teacher, labels_N, counted_N, upstream_N, LossTerms(*terms), vocab_size=vocab_size
-    )
+    with _current(logits_NW.device):
+        return launch_kernels(
+            logits_NW, gradient_NW, teacher, labels_N, counted_N, upstream_N, LossTerms(*terms), vocab_size=vocab_size
+        )
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one, which is where Triton launches whatever the tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @torch.library.impl("logitstore::loss_rows", _DEVICES)
@@ -69,7 +77,8 @@ def _scale_rows_in_place(rows_NW: Tensor, factor_N: Tensor) -> None:
     n_rows, n_columns = rows_NW.shape
     if rows_NW.numel():
         block = min(8192, triton.next_power_of_2(n_columns))
-        scale_rows_kernel[(n_rows,)](rows_NW, factor_N, n_columns, rows_NW.stride(0), BLOCK=block, num_warps=8)
+        with _current(rows_NW.device):
+            scale_rows_kernel[(n_rows,)](rows_NW, factor_N, n_columns, rows_NW.stride(0), BLOCK=block, num_warps=8)
 
 
 @torch.library.register_fake("logitstore::loss_rows")
