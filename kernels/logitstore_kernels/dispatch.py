@@ -46,7 +46,7 @@ def loss_rows(
     expected_upstream: what a row's loss is going to be multiplied with, 0 axes or [N]; whatever it is, the gradient is
     right, and if it is right nothing is computed twice.
     """
-    if why_not_the_kernel(logits_NW, teacher, terms) is None:
+    if why_not_the_kernel(logits_NW, teacher) is None:
         from logitstore_kernels.triton_function import triton_loss_rows
 
         return triton_loss_rows(
@@ -60,7 +60,7 @@ def loss_rows(
     )
 
 
-def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch, terms: LossTerms) -> str | None:
+def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch) -> str | None:
     """Why the Triton kernel does not take these logits, or None if it does."""
     refusal = why_no_triton(logits_NW.device)
     if refusal is not None:
@@ -71,8 +71,6 @@ def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch, terms: LossTerm
         return f"the teacher has {teacher.ids_NK.shape[1]} entries a row, above the kernel's {MAX_KERNEL_SLOTS}"
     if logits_NW.shape[0] and (logits_NW.stride(1) != 1 or logits_NW.stride(0) < logits_NW.shape[1]):
         return f"the kernel needs whole rows of neighbouring elements, and the strides are {logits_NW.stride()}"
-    if terms.kl_wanted and terms.tail == "dense":
-        return "the kernel has no dense tail"
     return None
 
 
@@ -103,6 +101,6 @@ def paths_on(device: torch.device) -> list[OperationPath]:
     path, reason = "pytorch", f"row chunks of plain PyTorch: {refusal}"
     if refusal is None:
         how = "Triton's interpreter, on the CPU and slowly" if device.type == "cpu" else "Triton, compiled at first use"
-        path, reason = "triton", f"{how}; float64 logits and dense tails go through row chunks of plain PyTorch"
+        path, reason = "triton", f"{how}; float64 logits go through row chunks of plain PyTorch"
     topk = "torch.topk and reductions over row chunks; there is no kernel for it"
     return [OperationPath("distillation_loss", path, reason), OperationPath("topk_with_tail", "pytorch", topk)]

@@ -244,7 +244,9 @@ class TeacherBatch:
     @property
     def present_N(self) -> Tensor:
         """[N] bool, True where the row has at least one entry."""
-        return (self.ids_NK >= 0).any(dim=1)
+        if self.ids_NK.shape[1] == 0:
+            return self.ids_NK.new_zeros(self.n_rows, dtype=torch.bool)
+        return self.ids_NK.amax(dim=1) >= 0  # no mask of [N, K] on the way
 
     @property
     def n_tail_N(self) -> Tensor:

@@ -8,6 +8,8 @@ again only in rows where something else came, which the device finds out by itse
 Letters: N rows, K entries kept, V vocabulary, W columns (W >= V).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -16,15 +18,16 @@ from torch.autograd.function import once_differentiable
 from logitstore_kernels.chunked import graph_is_kept
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
+from logitstore_kernels.triton_dense_launch import launch_dense
 from logitstore_kernels.triton_launch import LossOutputs, PackedTeacher, launch, packed
 from logitstore_kernels.triton_scale import scale_rows_kernel
 
 # PackedTeacher, the rows, and LossTerms, in the order of their fields.
 _ARGUMENTS = (
     "Tensor ids, Tensor values, Tensor? table, Tensor? scale, Tensor? offset, Tensor tail_logmass, "
-    "Tensor? tail_logmoment_half, Tensor labels, Tensor counted, Tensor upstream, int vocab_size, "
-    "float temperature, float alpha, str tail, bool kl_wanted, bool ce_wanted, float label_smoothing, float z_loss, "
-    "float? softcap"
+    "Tensor? tail_logmoment_half, Tensor? coefs, Tensor? basis, Tensor? bias, Tensor labels, Tensor counted, "
+    "Tensor upstream, int vocab_size, float temperature, float alpha, str tail, bool kl_wanted, bool ce_wanted, "
+    "float label_smoothing, float z_loss, float? softcap"
 )
 _N_TEACHER = len(PackedTeacher._fields)
 _UPSTREAM = _N_TEACHER + 2
@@ -41,9 +44,16 @@ torch.library.define("logitstore::scale_rows_in_place", "(Tensor(a!) rows, Tenso
 def _launch(logits_NW: Tensor, gradient_NW: Tensor | None, arguments: tuple) -> LossOutputs:
     teacher, rest = PackedTeacher(*arguments[:_N_TEACHER]), arguments[_N_TEACHER:]
     labels_N, counted_N, upstream_N, vocab_size, *terms = rest
-    return launch(
-        logits_NW, gradient_NW, teacher, labels_N, counted_N, upstream_N, LossTerms(*terms), vocab_size=vocab_size
-    )
+    launch_kernels = launch if teacher.basis_Vr is None else launch_dense
+    with _current(logits_NW.device):
+        return launch_kernels(
+            logits_NW, gradient_NW, teacher, labels_N, counted_N, upstream_N, LossTerms(*terms), vocab_size=vocab_size
+        )
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one, which is where Triton launches whatever the tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @torch.library.impl("logitstore::loss_rows", _DEVICES)
@@ -67,7 +77,8 @@ def _scale_rows_in_place(rows_NW: Tensor, factor_N: Tensor) -> None:
     n_rows, n_columns = rows_NW.shape
     if rows_NW.numel():
         block = min(8192, triton.next_power_of_2(n_columns))
-        scale_rows_kernel[(n_rows,)](rows_NW, factor_N, n_columns, rows_NW.stride(0), BLOCK=block, num_warps=8)
+        with _current(rows_NW.device):
+            scale_rows_kernel[(n_rows,)](rows_NW, factor_N, n_columns, rows_NW.stride(0), BLOCK=block, num_warps=8)
 
 
 @torch.library.register_fake("logitstore::loss_rows")
@@ -105,9 +116,9 @@ def triton_loss_rows(
         expected_upstream = torch.ones_like(expected_upstream)
     upstream_N = expected_upstream.float().expand(len(labels_N))
     arguments = (
-        *packed(teacher), labels_N, counted_N.view(torch.uint8), upstream_N, teacher.vocab_size,
-        terms.temperature, terms.alpha, terms.tail, terms.kl_wanted, terms.ce_wanted, terms.label_smoothing,
-        terms.z_loss, terms.softcap,
+        *packed(teacher, with_dense_tail=terms.kl_wanted and terms.tail == "dense"), labels_N,
+        counted_N.view(torch.uint8), upstream_N, teacher.vocab_size, terms.temperature, terms.alpha, terms.tail,
+        terms.kl_wanted, terms.ce_wanted, terms.label_smoothing, terms.z_loss, terms.softcap,
     )  # fmt: skip
     if torch.is_grad_enabled() and logits_NW.requires_grad:
         return LossRows(*_TritonLoss.apply(logits_NW, inplace, *arguments))

@@ -22,10 +22,9 @@ from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.triton_loss import distillation_loss_kernel
 
 MAX_SLOTS = 2048
-# The largest tiles of which no variant needs a stack (tests/kernels/compile_gate.py): what also sums the logits or caps
-# them, or addresses them one by one, keeps more of a tile in registers.
+# The largest tiles of which no variant needs a stack (tests/kernels/compile_gate.py); half of it for what also sums the
+# logits or caps them, and half for what addresses them one by one: both keep more of a tile in registers.
 _TILE_BYTES = 16_384
-_TILE_BYTES_WITH_MORE = 8_192
 _MAX_WARPS = 8
 # Of a thread: two programs of 8 warps fill a processor's 65,536. Said aloud, because the assembler otherwise gives up a
 # register or two to a stack in order to fit more programs.
@@ -35,7 +34,7 @@ _PROGRAMS_PER_PROCESSOR = 2
 
 
 class PackedTeacher(NamedTuple):
-    """The tensors of a TeacherBatch that the kernel reads, None where the batch has none."""
+    """The tensors of a TeacherBatch that the kernels read, None where the batch has none or they are not needed."""
 
     ids_NK: Tensor
     values_NK: Tensor
@@ -44,14 +43,22 @@ class PackedTeacher(NamedTuple):
     offset_N: Tensor | None
     tail_logmass_N: Tensor
     tail_logmoment_half_N: Tensor | None
+    coefs_Nr: Tensor | None = None
+    basis_Vr: Tensor | None = None
+    bias_V: Tensor | None = None
+
+    @property
+    def entries(self) -> tuple[Tensor | None, ...]:
+        """All but the dense tail."""
+        return self[:7]
 
 
-def packed(teacher: TeacherBatch) -> PackedTeacher:
+def packed(teacher: TeacherBatch, *, with_dense_tail: bool = False) -> PackedTeacher:
     """The tensors of a batch, each of them once: samples have no moments to be read."""
     values = teacher.code_values
     tensors = (teacher.ids_NK, teacher.values_NK, *((None,) * 3 if values is None else vars(values).values()),
                teacher.tail_logmass_N, None if teacher.is_sampled else teacher.tail_logmoment_half_N)  # fmt: skip
-    return PackedTeacher(*tensors)
+    return PackedTeacher(*tensors, *(vars(teacher.dense_tail).values() if with_dense_tail else ()))
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,7 @@ def variant_of(
     two = terms.kl_wanted and terms.ce_wanted and terms.temperature != 1
     smoothing = terms.ce_wanted and terms.label_smoothing > 0
     sums_logits = smoothing or (terms.kl_wanted and terms.tail == "uniform")
-    needs_more = sums_logits or terms.softcap is not None or not even
-    tile_bytes = _TILE_BYTES_WITH_MORE if needs_more else _TILE_BYTES
+    tile_bytes = _TILE_BYTES // (2 if sums_logits or terms.softcap is not None else 1) // (1 if even else 2)
     return Variant(
         TAIL=terms.tail if terms.kl_wanted else "dropped",
         KL=terms.kl_wanted,
@@ -173,7 +179,7 @@ def launch(
     unused = labels_N
     distillation_loss_kernel[(n_programs,)](
         logits_NW, work, teacher.ids_NK, teacher.values_NK,
-        *(unused if tensor is None else tensor for tensor in teacher[2:]),
+        *(unused if tensor is None else tensor for tensor in teacher.entries[2:]),
         labels_N, counted_N, upstream_N, *outputs, n_rows, vocab_size, n_columns,
         teacher.ids_NK.shape[1], logits_NW.stride(0), work.stride(0), 1.0 / _used_temperature(terms),
         terms.temperature, terms.alpha, terms.label_smoothing, terms.z_loss, terms.softcap or 0.0,

@@ -5,10 +5,7 @@ import re
 import pytest
 import torch
 from logitstore_kernels.dispatch import paths_on, why_no_triton, why_not_the_kernel
-from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
-
-PLAIN = LossTerms(2.0, 0.7, "bucket", True, True)
 
 
 def teacher_of_k(k):
@@ -18,7 +15,7 @@ def teacher_of_k(k):
 
 
 def test_cpu_tensors_take_pytorch():
-    refusal = why_not_the_kernel(torch.zeros(1, 4096), teacher_of_k(4), PLAIN)
+    refusal = why_not_the_kernel(torch.zeros(1, 4096), teacher_of_k(4))
     assert refusal == "Triton's kernels are for CUDA, and the tensors are on cpu"
     assert why_no_triton(torch.device("mps")) == "Triton's kernels are for CUDA, and the tensors are on mps"
     assert why_no_triton(torch.device("cuda")) is None
@@ -37,7 +34,7 @@ def test_cpu_tensors_take_pytorch():
     ],
 )
 def test_what_the_kernel_takes(triton_interpreter, logits, k, reason):
-    refusal = why_not_the_kernel(logits, teacher_of_k(k), PLAIN)
+    refusal = why_not_the_kernel(logits, teacher_of_k(k))
     if reason is None:
         assert refusal is None
     else:

@@ -131,14 +131,16 @@ def test_a_teacher_of_codes(case_factory):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_triton_kernel_between_the_products(case_factory, triton_interpreter, reduction, weighted):
+@pytest.mark.parametrize(("tail", "weighted"), [("bucket", False), ("bucket", True), ("dense", False)])
+def test_the_triton_kernel_between_the_products(case_factory, triton_interpreter, reduction, tail, weighted):
     case = case_factory(N, V, 5).with_ignored(4)
-    teacher, head = coded_teacher(case.teacher), head_of(dtype=torch.float32, extra=2)
-    assert why_not_the_kernel(head[0].new_empty(N, V), teacher, LossTerms(2.0, 0.7, "bucket", True, True)) is None
+    dense = case.teacher.dense_tail
+    teacher = coded_teacher(case.teacher).with_dense_tail(dense.coefs_Nr, dense.basis_Vr, dense.bias_V)
+    head = head_of(dtype=torch.float32, extra=2)
+    assert why_not_the_kernel(head[0].new_empty(N, V), teacher) is None
     exact = tuple(x.detach().double().requires_grad_() for x in head)
     options = {"row_weights_N": torch.linspace(-1, 2, N)} if weighted else {}
-    args = (teacher, case.labels_N, 2.0, 0.7, "bucket", -100, reduction)
+    args = (teacher, case.labels_N, 2.0, 0.7, tail, -100, reduction)
     got = value_and_gradients(fused_linear_distillation_loss, head, *args, chunk_rows=4, **options)
     for one, other in zip(got, value_and_gradients(linear_reference, exact, *args, **options), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -5,6 +5,8 @@ import torch
 from logitstore_kernels import TeacherBatch, distillation_loss, distillation_loss_parts
 from logitstore_kernels.reference import distillation_loss_reference
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytestmark = [
     pytest.mark.usefixtures("triton_interpreter"),
@@ -197,8 +199,7 @@ def test_nothing_is_read_by_the_host_in_backward(inplace):
     assert leaf.grad.shape == (6, 128)
 
 
-@pytest.mark.parametrize("tail", ["bucket", "sampled"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("tail", "inplace"), [("bucket", True), ("sampled", False), ("dense", False)])
 def test_torch_compile_takes_it_in_one_graph(case_factory, tail, inplace):
     case = case_factory(3, 130, 4).with_ignored(1)
     teacher = case.teacher
@@ -235,3 +236,59 @@ def test_operators_are_what_they_declare(case_factory, gradient):
     torch.library.opcheck(
         operators.scale_rows_in_place.default, (torch.ones(2, 30), torch.tensor([1.0, 2.0])), test_utils=checks
     )
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that an op returns and that none of its inputs has."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        new = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in tree_leaves(out)
+            if isinstance(x, torch.Tensor)
+        }
+        self.n_bytes += sum(n_bytes for address, n_bytes in new.items() if address not in known)
+        return out
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_memory_beside_the_logits(case_factory, inplace):
+    """All that is allocated, the freed included: 64 bytes a row in place, and out of place the gradient as well."""
+    n, v = 40, 256
+    one = case_factory(1, v, 64).teacher
+    teacher = TeacherBatch.from_topk(
+        one.ids_NK.repeat(n, 1), one.logprobs_NK.float().repeat(n, 1), one.tail_logmass_N.float().repeat(n),
+        one.tail_logmoment_half_N.float().repeat(n), vocab_size=v,
+    )  # fmt: skip
+    logits_NV = torch.zeros(n, v, requires_grad=True) * 1
+    labels_N = torch.full((n,), -100)  # rows that do not count cost the same memory and less time
+    with Allocations() as allocations:
+        distillation_loss(logits_NV, teacher, labels_N, inplace=inplace)
+    gradient_bytes = 0 if inplace else n * v * 4
+    checks_of_labels = 8 * n  # made on a CPU alone
+    assert 12 * n < allocations.n_bytes - gradient_bytes <= 64 * n + checks_of_labels + 256
+
+
+def test_a_device_is_made_the_current_one():
+    from logitstore_kernels.triton_function import _current
+
+    assert isinstance(_current(torch.device("cuda:1")), torch.cuda.device)
+    assert _current(torch.device("cuda:1")).idx == 1
+    with _current(torch.device("cpu")):
+        pass
+
+
+def test_odd_rows_are_warned_of_once(case_factory):
+    from logitstore_kernels.triton_launch import _warn_of_odd_rows
+
+    _warn_of_odd_rows.cache_clear()
+    case = case_factory(2, 131, 4)
+    with pytest.warns(UserWarning, match="logits rows are 131 elements apart.*pad the head's output") as caught:
+        _ = [distillation_loss(case.leaf(torch.float32), case.teacher, case.labels_N) for _ in range(2)]
+    assert len(caught) == 1
