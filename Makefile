@@ -5,11 +5,12 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 OUT ?= logitstore-demo
 
-.PHONY: help setup demo test bench real lint format clean
+.PHONY: help setup demo test test-all bench real lint format clean
 
 help:
 	@echo "make demo    the whole pipeline on text that comes with Python; writes $(OUT)/report.html"
 	@echo "make test    the test suite"
+	@echo "make test-all  the suite with every case of its grids"
 	@echo "make bench   speed and memory benchmarks (pytest-benchmark)"
 	@echo "make real    the whole line on a real 135M teacher: fetches 93 MB, takes up to 20 minutes"
 	@echo "make lint    ruff"
@@ -29,6 +30,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest tests
+
+test-all: $(READY)
+	$(RUN) -m pytest tests -m ''
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --benchmark-only

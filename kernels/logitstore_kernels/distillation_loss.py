@@ -1,20 +1,24 @@
 """distillation_loss: KL to a compressed teacher plus cross-entropy, the front door of the losses.
 
-Checks the arguments, finds the rows that count, and hands them to the fast path: row chunks in plain PyTorch
-(chunked.py), on every device. reference.py is the same loss written for reading.
+Checks the arguments, finds the rows that count, and hands them to the path that fits the tensors (dispatch.py): the
+Triton kernel or row chunks in plain PyTorch. reference.py is the same loss written for reading.
 """
+
+from dataclasses import replace
 
 from torch import Tensor
 
-from logitstore_kernels.chunked import LossTerms, chunked_loss_rows
+from logitstore_kernels.dispatch import loss_rows
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
+    check_extra_terms,
     compute_dtype,
     counted_rows,
     reduce_rows,
     row_weight,
 )
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 
 
@@ -29,11 +33,16 @@ def distillation_loss(
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     inplace: bool = False,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weights_N: Tensor | None = None,
 ) -> Tensor:
     """alpha * T^2 * KL(p || q) + (1 - alpha) * CE in nats, p the teacher at T, q = softmax(student_logits / T).
 
-    CE = -ln softmax(student_logits)[label]. Rows are aligned: logits row i, teacher row i and label i speak of the same
-    next token. With k = V this is the usual loop over full teacher logits t and student logits s,
+    CE = -ln softmax(student_logits)[label] by default. Rows are aligned: logits row i, teacher row i and label i speak
+    of the same next token. With k = V this is the usual loop over full teacher logits t and student logits s,
 
         0.7 * kl_div(log_softmax(s / T), softmax(t / T), "batchmean") * T * T + 0.3 * cross_entropy(s, y)
 
@@ -66,8 +75,15 @@ def distillation_loss(
         step whose every label is ignored; then no row counts, not even one with a label, which such a count rules out.
     inplace: True writes the gradient over student_logits_NV (mutates it; its version counter moves on) and saves a
         tensor of that size; only where a gradient is wanted. The logits must not be used again.
+    label_smoothing: e in [0, 1): CE is (1 - e) * -ln p[label] - e * the mean of ln p over the vocabulary.
+    z_loss: adds z_loss * (ln sum of e^logits)^2 to CE (PaLM, Chowdhery et al. 2022), so it has its weight, too.
+    softcap: c > 0 puts c * tanh(logits / c) in the logits' place, in both terms; -inf stays -inf. None for none.
+    row_weights_N: [N] of any float dtype, finite: each row's loss is multiplied with its weight. The denominator of
+        "mean" does not know them (num_items_in_batch=row_weights_N.sum() makes it a weighted mean). A row of weight 0
+        has a gradient of exactly 0.
 
-    Computes in float32 (float64 for float64 logits). The gradient has the logits' dtype and cannot be differentiated
+    Computes in float32 (float64 for float64 logits). The last four arguments are fast in the Triton kernel alone. The
+    gradient has the logits' dtype and cannot be differentiated
     again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
@@ -75,10 +91,10 @@ def distillation_loss(
     latter not for "renormalised"), a tail for which the TeacherBatch has no data, and on a CPU a label outside the
     vocabulary.
     """
+    terms = LossTerms(temperature, alpha, tail, alpha != 0, alpha != 1, label_smoothing, z_loss, softcap)
     return _loss_parts(
-        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
-        inplace, kl_wanted=alpha != 0, ce_wanted=alpha != 1,
-    ).loss  # fmt: skip
+        student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, inplace, row_weights_N
+    ).loss
 
 
 def distillation_loss_parts(
@@ -92,49 +108,48 @@ def distillation_loss_parts(
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     inplace: bool = False,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weights_N: Tensor | None = None,
 ) -> DistillationLossParts:
     """(loss, kl, ce) with loss = alpha * T^2 * kl + (1 - alpha) * ce; arguments and errors as in distillation_loss.
 
-    kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats. Both are reduced as the
-    loss is (mean or sum over the same rows with the same denominator, or [N] for "none"), come from the same pass, are
-    detached and stay on the device: read them when you log. Both are computed even where their weight is 0, so the
+    kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats, label smoothing and
+    z-loss included where they are asked for. Both are reduced as the loss is (mean or sum over the same rows with the
+    same denominator, or [N] for "none"), come from the same pass, are detached and stay on the device: read them when
+    you log. Both are computed even where their weight is 0, so the
     half moment is needed at alpha 0, too.
     """
+    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap)
     return _loss_parts(
-        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
-        inplace, kl_wanted=True, ce_wanted=True,
-    )  # fmt: skip
+        student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, inplace, row_weights_N
+    )
 
 
 def _loss_parts(
     student_logits_NW: Tensor,
     teacher: TeacherBatch,
     labels_N: Tensor,
-    temperature: float,
-    alpha: float,
-    tail: str,
+    terms: LossTerms,
     ignore_index: int,
     reduction: str,
     num_items_in_batch: int | Tensor | None,
     inplace: bool,
-    *,
-    kl_wanted: bool,
-    ce_wanted: bool,
+    row_weights_N: Tensor | None,
 ) -> DistillationLossParts:
     check_arguments(
-        student_logits_NW, teacher, labels_N, temperature=temperature, alpha=alpha, tail=tail,
+        student_logits_NW, teacher, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
         ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        kl_wanted=kl_wanted,
+        kl_wanted=terms.kl_wanted,
     )  # fmt: skip
+    check_extra_terms(terms, row_weights_N, labels_N)
+    terms = replace(terms, temperature=float(terms.temperature), alpha=float(terms.alpha))
     counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
-    weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW))
-    rows = chunked_loss_rows(
-        student_logits_NW,
-        teacher,
-        labels_N,
-        counted_N,
-        LossTerms(float(temperature), float(alpha), tail, kl_wanted, ce_wanted),
-        expected_upstream=weight,
-        inplace=inplace,
-    )
+    dtype = compute_dtype(student_logits_NW)
+    weight = row_weight(counted_N, reduction, num_items_in_batch, dtype, row_weights_N)
+    if row_weights_N is not None:
+        counted_N &= row_weights_N != 0
+    rows = loss_rows(student_logits_NW, teacher, labels_N, counted_N, terms, expected_upstream=weight, inplace=inplace)
     return reduce_rows(*rows, weight, reduction)

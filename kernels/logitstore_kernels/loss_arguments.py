@@ -1,7 +1,8 @@
 """What a call of a distillation loss may ask for, checked before anything is allocated, and the reduction over rows.
 
 Shared by the reference and by the fast paths, so that they refuse the same things and divide by the same number.
-Checks of values (labels in range) are made on a CPU only, where reading one costs no synchronisation.
+Checks of values (labels in range) are made on a CPU only, where reading one costs no synchronisation, and not under
+torch.compile, where there is no value yet.
 
 Letters: N rows, W student columns (W >= V), V vocabulary. T is the temperature.
 """
@@ -13,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
+from logitstore_kernels.tensor_checks import refuse_rows
 
 TAILS_OF_TOPK = ("bucket", "uniform", "renormalised", "dropped")
 TAILS = (*TAILS_OF_TOPK, "dense", "sampled")
@@ -62,7 +65,7 @@ def check_arguments(
     if kl_wanted:
         _check_temperature_of_tail(tail, teacher, temperature)
     _check_reduction(reduction, num_items_in_batch)
-    if labels_N.device.type == "cpu":
+    if _values_can_be_read(labels_N):
         bad_N = (labels_N != ignore_index) & ((labels_N < 0) | (labels_N >= teacher.vocab_size))
         if bad_N.any():
             row = int(bad_N.nonzero()[0, 0])
@@ -70,6 +73,43 @@ def check_arguments(
                 f"labels_N[{row}] is {int(labels_N[row])}, expected a token in [0, {teacher.vocab_size}) "
                 f"or ignore_index={ignore_index} ({int(bad_N.sum())} such rows)"
             )
+
+
+def check_extra_terms(terms: LossTerms, row_weights_N: Tensor | None, labels_N: Tensor) -> None:
+    """Raise TypeError or ValueError unless label smoothing, z-loss, softcap and row weights are what they may be."""
+    for name in ("label_smoothing", "z_loss", "softcap"):
+        value = getattr(terms, name)
+        if value is None and name == "softcap":
+            continue
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= terms.label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {terms.label_smoothing}")
+    if not 0 <= terms.z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {terms.z_loss}")
+    if terms.softcap is not None and not 0 < terms.softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {terms.softcap}; None is for no softcap")
+    if row_weights_N is None:
+        return
+    if not isinstance(row_weights_N, Tensor):
+        raise TypeError(f"row_weights_N must be a torch.Tensor, got {type(row_weights_N).__name__}")
+    if not row_weights_N.is_floating_point():
+        raise TypeError(f"row_weights_N must be of a float dtype, got {row_weights_N.dtype}")
+    if row_weights_N.shape != labels_N.shape:
+        raise ValueError(
+            f"row_weights_N must have shape {tuple(labels_N.shape)} to go with labels_N, "
+            f"got {tuple(row_weights_N.shape)}"
+        )
+    if row_weights_N.device != labels_N.device:
+        raise ValueError(f"row_weights_N is on {row_weights_N.device} but labels_N is on {labels_N.device}; move it")
+    if row_weights_N.requires_grad:
+        raise ValueError("row_weights_N requires a gradient, which the loss does not have for it; pass .detach()")
+    if _values_can_be_read(row_weights_N):
+        refuse_rows(~row_weights_N.isfinite(), "a row weight that is not finite", row_weights_N)
+
+
+def _values_can_be_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_tensors(student_logits_NW: Tensor, teacher: TeacherBatch, labels_N: Tensor) -> None:
@@ -168,24 +208,29 @@ def counted_rows(
 
 
 def row_weight(
-    counted_N: Tensor, reduction: str, num_items_in_batch: int | Tensor | None, dtype: torch.dtype
+    counted_N: Tensor,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    dtype: torch.dtype,
+    row_weights_N: Tensor | None = None,
 ) -> Tensor:
-    """What the reduction multiplies each row with, a 0-axis tensor on the rows' device: 1, or 1 / denominator.
+    """What each row is multiplied with: 1 or 1 / denominator, 0 axes, on the rows' device; times row_weights_N, [N].
 
     The mean of no counted row at all is 0, not 0 / 0: where the denominator is 0, so is every row.
     """
     if reduction != "mean":
-        return torch.ones((), dtype=dtype, device=counted_N.device)
-    if num_items_in_batch is None:
-        return counted_N.sum().clamp(min=1).to(dtype).reciprocal()
-    n_items = torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype)
-    return n_items.masked_fill(n_items == 0, 1).reciprocal()
+        weight = torch.ones((), dtype=dtype, device=counted_N.device)
+    elif num_items_in_batch is None:
+        weight = counted_N.sum().clamp(min=1).to(dtype).reciprocal()
+    else:
+        n_items = torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype)
+        weight = n_items.masked_fill(n_items == 0, 1).reciprocal()
+    return weight if row_weights_N is None else weight * row_weights_N.to(dtype)
 
 
 def reduce_rows(loss_N: Tensor, kl_N: Tensor, ce_N: Tensor, weight: Tensor, reduction: str) -> DistillationLossParts:
-    """The three per-row values as they are, or summed with `weight`; rows that do not count are 0 already."""
-    if reduction == "none":
-        return DistillationLossParts(loss_N, kl_N.detach(), ce_N.detach())
-    return DistillationLossParts(
-        (loss_N * weight).sum(), (kl_N.detach() * weight).sum(), (ce_N.detach() * weight).sum()
-    )
+    """The three per-row values times `weight`, summed unless reduction is "none"; uncounted rows are 0 already."""
+    parts = DistillationLossParts(loss_N, kl_N.detach(), ce_N.detach())
+    if reduction != "none" or weight.dim():
+        parts = DistillationLossParts(*(part_N * weight for part_N in parts))
+    return parts if reduction == "none" else DistillationLossParts(*(part_N.sum() for part_N in parts))

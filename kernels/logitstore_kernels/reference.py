@@ -13,14 +13,17 @@ import math
 import torch
 from torch import Tensor
 
+from logitstore_kernels.autocast import without_autocast
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
+    check_extra_terms,
     compute_dtype,
     counted_rows,
     reduce_rows,
     row_weight,
 )
+from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.tempering import temper_teacher
 
@@ -35,12 +38,17 @@ def distillation_loss_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weights_N: Tensor | None = None,
 ) -> Tensor:
     """alpha * T^2 * KL(p || q) + (1 - alpha) * CE, differentiable any number of times; see distillation_loss."""
+    terms = LossTerms(temperature, alpha, tail, alpha != 0, True, label_smoothing, z_loss, softcap)
     return _loss_parts(
-        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
-        kl_wanted=alpha != 0,
-    ).loss  # fmt: skip
+        student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, row_weights_N
+    ).loss
 
 
 def distillation_loss_parts_reference(
@@ -53,45 +61,73 @@ def distillation_loss_parts_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    row_weights_N: Tensor | None = None,
 ) -> DistillationLossParts:
     """The loss with its two parts; arguments, values and errors as in distillation_loss_parts."""
+    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap)
     return _loss_parts(
-        student_logits_NV, t, labels_N, temperature, alpha, tail, ignore_index, reduction, num_items_in_batch,
-        kl_wanted=True,
-    )  # fmt: skip
+        student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, row_weights_N
+    )
 
 
 def _loss_parts(
     student_logits_NV: Tensor,
     t: TeacherBatch,
     labels_N: Tensor,
-    temperature: float,
-    alpha: float,
-    tail: str,
+    terms: LossTerms,
     ignore_index: int,
     reduction: str,
     num_items_in_batch: int | Tensor | None,
-    *,
-    kl_wanted: bool,
+    row_weights_N: Tensor | None,
 ) -> DistillationLossParts:
     check_arguments(
-        student_logits_NV, t, labels_N, temperature=temperature, alpha=alpha, tail=tail, ignore_index=ignore_index,
-        reduction=reduction, num_items_in_batch=num_items_in_batch, kl_wanted=kl_wanted,
+        student_logits_NV, t, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
+        kl_wanted=terms.kl_wanted,
     )  # fmt: skip
+    check_extra_terms(terms, row_weights_N, labels_N)
     dtype = compute_dtype(student_logits_NV)
     counted_N = counted_rows(labels_N, t, ignore_index, num_items_in_batch)
+    weight = row_weight(counted_N, reduction, num_items_in_batch, dtype, row_weights_N)
+    if row_weights_N is not None:
+        counted_N = counted_N & (row_weights_N != 0)
+    rows = loss_rows_reference(student_logits_NV.to(dtype), t, labels_N, counted_N, terms)
+    return reduce_rows(*rows, weight, reduction)
+
+
+def loss_rows_reference(
+    logits_NW: Tensor, t: TeacherBatch, labels_N: Tensor, counted_N: Tensor, terms: LossTerms
+) -> LossRows:
+    """The values of each row [N], 0 where counted_N is False, computed in the logits' dtype under autograd."""
     # Selecting before computing is what keeps NaN logits of an uncounted row out of value and gradient.
-    logits_NV = torch.where(counted_N[:, None], student_logits_NV[:, : t.vocab_size].to(dtype), 0)
+    logits_NV = torch.where(counted_N[:, None], logits_NW[:, : t.vocab_size], 0)
+    if terms.softcap is not None:
+        capped_NV = terms.softcap * (logits_NV / terms.softcap).tanh()
+        logits_NV = torch.where(logits_NV == -math.inf, logits_NV, capped_NV)
     label_N = torch.where(counted_N, labels_N, 0).long()
-    ce_N = torch.where(counted_N, -logits_NV.log_softmax(dim=1).gather(1, label_N[:, None])[:, 0], 0)
+    ce_N = torch.where(counted_N, _cross_entropy_rows(logits_NV, label_N, terms), 0)
     kl_N = loss_N = torch.zeros_like(ce_N)
-    if kl_wanted:
-        kl_N = torch.where(counted_N, _kl_rows(logits_NV / temperature, t, temperature, tail), 0)
-    if alpha > 0:  # skipped, not multiplied by 0: an unused term may be infinite
-        loss_N = loss_N + alpha * temperature**2 * kl_N
-    if alpha < 1:
-        loss_N = loss_N + (1 - alpha) * ce_N
-    return reduce_rows(loss_N, kl_N, ce_N, row_weight(counted_N, reduction, num_items_in_batch, dtype), reduction)
+    if terms.kl_wanted:
+        kl_N = torch.where(counted_N, _kl_rows(logits_NV / terms.temperature, t, terms.temperature, terms.tail), 0)
+    if terms.alpha > 0:  # skipped, not multiplied by 0: an unused term may be infinite
+        loss_N = loss_N + terms.alpha * terms.temperature**2 * kl_N
+    if terms.alpha < 1:
+        loss_N = loss_N + (1 - terms.alpha) * ce_N
+    return LossRows(loss_N, kl_N, ce_N)
+
+
+def _cross_entropy_rows(logits_NV: Tensor, label_N: Tensor, terms: LossTerms) -> Tensor:
+    logp_NV = logits_NV.log_softmax(dim=1)
+    ce_N = -logp_NV.gather(1, label_N[:, None])[:, 0]
+    if terms.label_smoothing > 0:
+        ce_N = (1 - terms.label_smoothing) * ce_N - terms.label_smoothing * logp_NV.mean(dim=1)
+    if terms.z_loss > 0:
+        ce_N = ce_N + terms.z_loss * logits_NV.logsumexp(dim=1) ** 2
+    return ce_N
 
 
 def _kl_rows(scaled_logits_NV: Tensor, teacher: TeacherBatch, temperature: float, tail: str) -> Tensor:
@@ -119,7 +155,7 @@ def _tail_logshape(teacher: TeacherBatch, ids_NK: Tensor, logt_tail_N: Tensor, t
     """ln of each tail token's share of the tail at T [N, V], -inf at entries; in rows without a tail whatever."""
     dtype, dense = logt_tail_N.dtype, teacher.dense_tail
     coefs_Nr = dense.coefs_Nr.to(dtype).masked_fill((logt_tail_N == -math.inf)[:, None], 0)
-    with torch.autocast(coefs_Nr.device.type, enabled=False):
+    with without_autocast(coefs_Nr.device):
         logits_NV = (coefs_Nr @ dense.basis_Vr.to(dtype).T + dense.bias_V.to(dtype)) / temperature
     logits_NV = logits_NV.scatter(1, ids_NK, -math.inf)
     # A tail of no tokens has a log-sum of -inf; 0 in its place keeps -inf - -inf away.

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitstore_kernels import TeacherBatch, distillation_loss, distillation_loss_parts
-from logitstore_kernels.chunk_math import LossTerms
 from logitstore_kernels.chunked import chunked_loss_rows
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 
 TAILS = ["bucket", "uniform", "renormalised", "dropped", "dense"]
@@ -332,4 +332,6 @@ def test_zeroing_uncounted_rows_equals_leaving_them_out(case_factory, tail):
         rows.loss_N.sum().backward()
         results.append((rows.loss_N.detach(), rows.kl_N, rows.ce_N, leaf.grad))
     for left_out, zeroed in zip(*results, strict=True):
-        assert torch.equal(left_out, zeroed)
+        # A dense tail is a matrix product, which may round a row differently beside other rows.
+        torch.testing.assert_close(left_out, zeroed, rtol=1e-13 if tail == "dense" else 0, atol=0)
+        assert (zeroed[[0, 3]] == 0).all()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from logitstore_kernels import TeacherBatch, distillation_loss_parts
+from logitstore_kernels.reference import distillation_loss_parts_reference
 
 IDS = torch.tensor([[4, 1], [0, -1], [-1, -1]], dtype=torch.int32)
 LOGPROBS = torch.tensor([[0.5, 0.25], [0.75, 1.0], [1.0, 1.0]]).log()
@@ -77,13 +78,109 @@ def test_from_collated_flattens_batch_and_length():
     torch.testing.assert_close(t.tail_logmoment_half_N, torch.cat([HALF, HALF.flip(0)]), equal_nan=True)
     del batch["teacher_tail_logmoment_half"]
     assert TeacherBatch.from_collated(batch, vocab_size=5).tail_logmoment_half_N is None
-    with pytest.raises(ValueError, match="value_table is for one-byte codes"):
+    with pytest.raises(ValueError, match="value_table is for one-byte codes, but the batch holds teacher_logprobs"):
         TeacherBatch.from_collated(batch, vocab_size=5, value_table=torch.zeros(256))
     with pytest.raises(ValueError, match=r"teacher_ids must be \[B, L, K\], got shape \(3, 2\)"):
         TeacherBatch.from_collated({**batch, "teacher_ids": IDS}, vocab_size=5)
     del batch["teacher_logprobs"]
     with pytest.raises(ValueError, match=r"the batch lacks teacher_logprobs \(it has input_ids, teacher_ids,"):
         TeacherBatch.from_collated(batch, vocab_size=5)
+
+
+TABLE = -torch.arange(256, dtype=torch.float32) / 8
+CODES = torch.tensor([[4, 9], [2, 255], [0, 0]], dtype=torch.uint8)
+SCALE, OFFSET = torch.tensor([0.5, 2.0, 0.0]), torch.tensor([-0.25, 0.125, 0.0])
+
+
+def batch_of_codes(
+    *, ids=IDS, codes=CODES, table=TABLE, scale=SCALE, offset=OFFSET, mass=MASS, half=HALF, vocab_size=5
+):
+    return TeacherBatch.from_codes(
+        ids, codes, table, scale_N=scale, offset_N=offset, tail_logmass_N=mass, tail_logmoment_half_N=half,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+def test_codes_stand_for_scale_times_table_plus_offset():
+    t = batch_of_codes()
+    assert t.logprobs_NK[:2].tolist() == [[-0.5, -0.8125], [-0.375, -63.625]]
+    assert batch_of_codes(scale=None, offset=None).logprobs_NK[:2].tolist() == [[-0.5, -1.125], [-0.25, -31.875]]
+    assert torch.equal(t.values_NK, CODES)
+    assert (
+        batch_of_codes(table=TABLE.double(), scale=SCALE.half(), mass=MASS.bfloat16()).logprobs_NK.dtype
+        == torch.float32
+    )
+    assert {x.device.type for x in (t.to("meta").values_NK, t.to("meta").code_values.scale_N)} == {"meta"}
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalised", "dropped"])
+def test_codes_and_their_log_probs_are_one_loss(tail):
+    coded, leaf = batch_of_codes(), torch.randn(3, 5, requires_grad=True)
+    floats = batch_with(logprobs=coded.logprobs_NK)
+    labels_N = torch.tensor([1, 2, 3])
+    for loss_parts in (distillation_loss_parts, distillation_loss_parts_reference):
+        for got, expected in zip(
+            loss_parts(leaf, coded, labels_N, tail=tail), loss_parts(leaf, floats, labels_N, tail=tail), strict=True
+        ):
+            assert got.item() == expected.item()
+
+
+def test_a_slot_of_codes_takes_five_bytes():
+    n, k = 1024, 64
+    ids_NK = torch.arange(k, dtype=torch.int32).expand(n, k).contiguous()
+    ids_NK[:, 40:] = -1
+    moments_N = torch.full((n,), -3.0)
+    t = TeacherBatch.from_codes(
+        ids_NK, torch.full((n, k), 7, dtype=torch.uint8), TABLE, scale_N=torch.ones(n), offset_N=torch.zeros(n),
+        tail_logmass_N=moments_N, tail_logmoment_half_N=moments_N, vocab_size=49_152,
+    )  # fmt: skip
+    held = (t.ids_NK, t.values_NK, t.tail_logmass_N, t.tail_logmoment_half_N, *vars(t.code_values).values())
+    assert sum(x.nbytes for x in held) == n * k * 5 + n * 16 + 256 * 4
+
+
+def test_from_collated_takes_codes_with_their_table():
+    batch = {
+        "teacher_ids": IDS[None], "teacher_codes": CODES[None], "teacher_tail_logmass": MASS[None],
+        "teacher_tail_logmoment_half": HALF[None], "teacher_code_scale": SCALE[None],
+        "teacher_code_offset": OFFSET[None],
+    }  # fmt: skip
+    t = TeacherBatch.from_collated(batch, vocab_size=5, value_table=TABLE)
+    assert torch.equal(t.logprobs_NK, batch_of_codes().logprobs_NK)
+    with pytest.raises(ValueError, match=r"holds teacher_codes.*pass value_table=codec\.value_table"):
+        TeacherBatch.from_collated(batch, vocab_size=5)
+    del batch["teacher_code_scale"], batch["teacher_code_offset"]
+    t = TeacherBatch.from_collated(batch, vocab_size=5, value_table=TABLE)
+    assert torch.equal(t.logprobs_NK, TABLE[CODES.int()])
+
+
+def test_codes_of_a_whole_vocabulary_need_no_half_moment():
+    ids_NK, codes_NK = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([[1, 2]], dtype=torch.uint8)
+    t = batch_of_codes(
+        ids=ids_NK, codes=codes_NK, scale=None, offset=None, mass=torch.tensor([-math.inf]), half=None, vocab_size=2
+    )
+    assert t.tail_logmoment_half_N.tolist() == [-math.inf]
+
+
+WRONG_CODES = [
+    ({"codes": CODES.int()}, TypeError, r"codes_NK must be torch\.uint8, got torch\.int32"),
+    ({"codes": None}, TypeError, "codes_NK must be a torch.Tensor, got NoneType"),
+    ({"codes": CODES[:, :1]}, ValueError, r"codes_NK must have shape \(3, 2\).*got \(3, 1\)"),
+    ({"table": TABLE[:255]}, ValueError, "value_table_256 must have one number for each of 256 codes, got 255"),
+    ({"table": TABLE.int()}, TypeError, r"value_table_256 must be torch\.float32, got torch\.int32"),
+    ({"table": TABLE.to("meta")}, ValueError, "value_table_256 is on meta but ids_NK is on cpu"),
+    ({"scale": None}, ValueError, "scale_N is missing: give scale_N and offset_N together, or neither"),
+    ({"offset": None}, ValueError, "offset_N is missing"),
+    ({"scale": SCALE[:2]}, ValueError, r"scale_N must have shape \(3,\).*got \(2,\)"),
+    ({"offset": OFFSET[:, None]}, ValueError, r"offset_N must have 1 axes.*got shape \(3, 1\)"),
+    ({"mass": MASS[:2]}, ValueError, r"tail_logmass_N must have shape \(3,\).*got \(2,\)"),
+    ({"table": torch.full((256,), math.nan)}, ValueError, "row 0 has NaN log-probs"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_CODES)
+def test_wrong_codes_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        batch_of_codes(**change)
 
 
 def test_a_batch_without_any_entry_is_all_absent():

@@ -51,10 +51,12 @@ def make_tokenizer(n_tokens: int = VOCAB_SIZE, prefix: str = "w") -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
 
-def write_store(path: Path, teacher_model: LlamaForCausalLM, *, seed: int = 0, k: int = 8, **spec_fields) -> Path:
+def write_store(
+    path: Path, teacher_model: LlamaForCausalLM, *, seed: int = 0, k: int = 8, head: str = "fp16", **spec_fields
+) -> Path:
     """N_SAMPLES sequences of 5 to 13 tokens; the first third of each is a prompt, not learned and absent."""
     rng = np.random.default_rng(seed)
-    codec = logitstore.make_codec("topk", vocab_size=VOCAB_SIZE, k=k, head="fp16", tail="residual")
+    codec = logitstore.make_codec("topk", vocab_size=VOCAB_SIZE, k=k, head=head, tail="residual")
     spec = logitstore.StoreSpec(codec=codec, vocab_size=VOCAB_SIZE, **{"teacher": "tiny-teacher", **spec_fields})
     with logitstore.create(path, spec) as writer:
         for i in range(N_SAMPLES):
@@ -103,7 +105,7 @@ def store(store_path) -> logitstore.LogitStore:
 
 @pytest.fixture(scope="session")
 def new_store(teacher_model) -> Callable[..., Path]:
-    """Writes another store of the tiny teacher: new_store(path, k=..., **fields of its spec)."""
+    """Writes another store of the tiny teacher: new_store(path, k=..., head=..., **fields of its spec)."""
     return lambda path, **settings: write_store(path, teacher_model, **settings)
 
 

@@ -1,5 +1,6 @@
 """collate against a loop over every token, and what importing it costs."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -22,10 +23,15 @@ def collate_slowly(samples, pad_token_id):
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
         "labels": torch.full(shape, -100),
         "teacher_ids": torch.full((*shape, n_entries), -1, dtype=torch.int32),
-        "teacher_logprobs": torch.full((*shape, n_entries), -math.inf),
         "teacher_tail_logmass": torch.full(shape, math.nan),
         "teacher_tail_logmoment_half": torch.full(shape, math.nan),
     }
+    holds_codes = samples[0].targets.codes is not None
+    if holds_codes:
+        batch["teacher_codes"] = torch.zeros((*shape, n_entries), dtype=torch.uint8)
+        batch["teacher_code_scale"], batch["teacher_code_offset"] = torch.zeros(shape), torch.zeros(shape)
+    else:
+        batch["teacher_logprobs"] = torch.full((*shape, n_entries), -math.inf)
     for b, sample in enumerate(samples):
         targets = sample.targets
         for t, token in enumerate(sample.input_ids):
@@ -37,7 +43,13 @@ def collate_slowly(samples, pad_token_id):
             start = int(targets.offsets[t])
             for j in range(int(targets.offsets[t + 1]) - start):
                 batch["teacher_ids"][b, t, j] = int(targets.ids[start + j])
-                batch["teacher_logprobs"][b, t, j] = float(targets.logps[start + j])
+                if holds_codes:
+                    batch["teacher_codes"][b, t, j] = int(targets.codes[start + j])
+                else:
+                    batch["teacher_logprobs"][b, t, j] = float(targets.logps[start + j])
+            if holds_codes:
+                batch["teacher_code_scale"][b, t] = float(targets.code_scale[t])
+                batch["teacher_code_offset"][b, t] = float(targets.code_offset[t])
             batch["teacher_tail_logmass"][b, t] = float(targets.tail_logmass[t])
             batch["teacher_tail_logmoment_half"][b, t] = float(targets.tail_logmoment_half[t])
     return batch
@@ -72,9 +84,24 @@ def assert_same_batch(got, expected):
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def test_equals_a_loop_on_a_store(store):
+@pytest.mark.parametrize(("head", "slot_bytes"), [("int8", 5), ("fp16", 8)])
+def test_equals_a_loop_on_a_store(new_store, tmp_path, head, slot_bytes):
+    store = logitstore.open(new_store(tmp_path / "x.parquet", head=head))
     samples = [store[i] for i in (3, 0, 7, 11)]
-    assert_same_batch(collate(samples, pad_token_id=5), collate_slowly(samples, 5))
+    batch = collate(samples, pad_token_id=5)
+    assert_same_batch(batch, collate_slowly(samples, 5))
+    assert sum(batch[name][0, 0, 0].nbytes for name in batch if batch[name].dim() == 3) == slot_bytes
+
+
+def test_one_sample_without_codes_makes_a_batch_of_log_probs(new_store, tmp_path):
+    store = logitstore.open(new_store(tmp_path / "x.parquet", head="int8"))
+    coded, other = store[0], store[1]
+    without = dataclasses.replace(other.targets, codes=None, code_scale=None, code_offset=None)
+    batch = collate([coded, other._replace(targets=without)])
+    assert "teacher_codes" not in batch
+    assert "teacher_code_scale" not in batch
+    first = int(coded.targets.present.nonzero()[0][0])
+    assert batch["teacher_logprobs"][0, first, 0] == float(coded.targets.logps[0])
 
 
 @pytest.mark.parametrize(

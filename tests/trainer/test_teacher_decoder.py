@@ -25,6 +25,20 @@ def test_decodes_row_b_t_of_the_batch(store):
     assert teacher.present_N.sum() == sum(sample.targets.present.sum() for sample in samples)
 
 
+@pytest.mark.parametrize("head", ["int8", "fp8", "log", "sqrtp", "fp16"])
+def test_the_batch_holds_what_every_head_format_decodes_to(new_store, tmp_path, head):
+    store = logitstore.open(new_store(tmp_path / "b.parquet", head=head))
+    decoder = TeacherDecoder(store)
+    batch = collate([store[0], store[1]])
+    teacher = decoder(batch)
+    entry_NK = teacher.ids_NK >= 0
+    expected = [logp for sample in (store[0], store[1]) for logp in sample.targets.logps.tolist()]
+    assert teacher.logprobs_NK[entry_NK].tolist() == expected
+    assert teacher.values_NK.dtype == (torch.float32 if head == "fp16" else torch.uint8)
+    assert (teacher.values_NK.nbytes + teacher.ids_NK.nbytes) / teacher.ids_NK.numel() == (8 if head == "fp16" else 5)
+    assert "value_table" not in decoder.state_dict()
+
+
 def test_has_no_parameters_to_train(store):
     assert list(TeacherDecoder(store).parameters()) == []
 

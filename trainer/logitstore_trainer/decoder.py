@@ -26,14 +26,17 @@ _LOSS_TAIL_OF_CODEC = {"residual": "bucket", "sampled": "sampled", "predicted": 
 class TeacherDecoder(torch.nn.Module):
     """Decodes batches of one store: `TeacherDecoder(store).to(device)(batch)` is a TeacherBatch of B * L rows.
 
-    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's. Of a
-    store with predicted tails the batch has the dense tail; the model's arrays are buffers, which `to` moves and no
-    checkpoint holds.
+    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's.
+    One-byte codes stay codes: they are decoded where the loss is computed. Of a store with predicted tails the batch
+    has the dense tail. The table of the codes and the model's arrays are buffers, which `to` moves and no checkpoint
+    holds.
     """
 
     def __init__(self, store: "LogitStore") -> None:
         super().__init__()
         self.spec: StoreSpec = store.spec
+        table = getattr(self.spec.codec, "value_table", None)
+        self.register_buffer("value_table", None if table is None else torch.from_numpy(table.copy()), persistent=False)
         self._model_names: list[str] = []
         if self.spec.codec.tail == "predicted":
             tensors = model_tensors(require_tables(self.spec.codec).predictor.model)
@@ -54,17 +57,22 @@ class TeacherDecoder(torch.nn.Module):
         if self.spec.codec.tail == "sampled":
             ids_NK, logweights_NK = (batch[name].flatten(0, 1) for name in ("teacher_ids", "teacher_logprobs"))
             return TeacherBatch.from_samples(ids_NK, logweights_NK, vocab_size=self.spec.vocab_size)
-        teacher = TeacherBatch.from_collated(batch, vocab_size=self.spec.vocab_size)
+        table = self.value_table if "teacher_codes" in batch else None
+        teacher = TeacherBatch.from_collated(batch, vocab_size=self.spec.vocab_size, value_table=table)
         if not self._model_names:
             return teacher
         tensors = {name: getattr(self, f"tail_{name}") for name in self._model_names}
-        return teacher.with_dense_tail(_coefs(tensors, batch).flatten(0, 1), tensors["basis"], tensors["bias"])
+        coefs_BLr = _coefs(tensors, batch, teacher.logprobs_NK.view_as(batch["teacher_ids"]))
+        return teacher.with_dense_tail(coefs_BLr.flatten(0, 1), tensors["basis"], tensors["bias"])
 
 
 @torch.no_grad()
-def _coefs(tensors: dict[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Coefficients of the tails' logits [B, L, r]: predicted, and corrected where the store has corrections."""
-    input_ids, ids, logps = batch["input_ids"], batch["teacher_ids"].long(), batch["teacher_logprobs"].float()
+def _coefs(tensors: dict[str, torch.Tensor], batch: Mapping[str, torch.Tensor], logps: torch.Tensor) -> torch.Tensor:
+    """Coefficients of the tails' logits [B, L, r]: predicted, and corrected where the store has corrections.
+
+    logps: the head's log-probs as stored, [B, L, K].
+    """
+    input_ids, ids = batch["input_ids"], batch["teacher_ids"].long()
     mass, half = batch["teacher_tail_logmass"], batch["teacher_tail_logmoment_half"]
     following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
     entry = ids >= 0

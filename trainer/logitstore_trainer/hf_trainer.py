@@ -20,7 +20,16 @@ from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
 from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
-TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_tail_logmass", "teacher_tail_logmoment_half")
+TEACHER_COLUMNS = (
+    "teacher_ids",
+    "teacher_codes",
+    "teacher_code_scale",
+    "teacher_code_offset",
+    "teacher_logprobs",
+    "teacher_tail_logmass",
+    "teacher_tail_logmoment_half",
+    "teacher_corrections",
+)
 
 
 class DistillationMixin:

@@ -1,0 +1,36 @@
+"""What a distillation loss computes and what comes out per row: the two types that every path shares."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What is computed, by the arguments of distillation_loss of the same names.
+
+    kl_wanted / ce_wanted say which softmaxes are taken; one with a weight above 0 must be.
+    """
+
+    temperature: float
+    alpha: float
+    tail: str
+    kl_wanted: bool
+    ce_wanted: bool
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither label smoothing nor a z-loss nor a softcap is asked for."""
+        return self.label_smoothing == 0 and self.z_loss == 0 and self.softcap is None
+
+
+class LossRows(NamedTuple):
+    """Per-row values [N], 0 in rows that do not count: the loss, which carries the graph, and its two parts."""
+
+    loss_N: Tensor
+    kl_N: Tensor
+    ce_N: Tensor

@@ -1,0 +1,50 @@
+"""Which path is taken, and the reasons that are given for it."""
+
+import re
+
+import pytest
+import torch
+from logitstore_kernels.dispatch import paths_on, why_no_triton, why_not_the_kernel
+from logitstore_kernels.teacher_batch import TeacherBatch
+
+
+def teacher_of_k(k):
+    ids_NK = torch.arange(k, dtype=torch.int32)[None]
+    moment_N = torch.tensor([-1.0])
+    return TeacherBatch.from_topk(ids_NK, torch.full((1, k), -9.0), moment_N, moment_N, vocab_size=4096)
+
+
+def test_cpu_tensors_take_pytorch():
+    refusal = why_not_the_kernel(torch.zeros(1, 4096), teacher_of_k(4))
+    assert refusal == "Triton's kernels are for CUDA, and the tensors are on cpu"
+    assert why_no_triton(torch.device("mps")) == "Triton's kernels are for CUDA, and the tensors are on mps"
+    assert why_no_triton(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("logits", "k", "reason"),
+    [
+        (torch.zeros(1, 4096), 4, None),
+        (torch.zeros(1, 4096), 2048, None),
+        (torch.zeros(1, 4096, dtype=torch.bfloat16), 4, None),
+        (torch.zeros(1, 4096, dtype=torch.float64), 4, "computes in float32, and the logits are torch.float64"),
+        (torch.zeros(1, 4096), 2049, "2049 entries a row, above the kernel's 2048"),
+        (torch.zeros(1, 8192)[:, ::2], 4, r"neighbouring elements, and the strides are \(8192, 2\)"),
+        (torch.zeros(1, 1).expand(2, 4096), 4, r"neighbouring elements, and the strides are \(0, 0\)"),
+    ],
+)
+def test_what_the_kernel_takes(triton_interpreter, logits, k, reason):
+    refusal = why_not_the_kernel(logits, teacher_of_k(k))
+    if reason is None:
+        assert refusal is None
+    else:
+        assert re.search(reason, refusal)
+
+
+def test_every_operation_says_its_path_and_why(triton_interpreter):
+    on_cuda = {path.operation: path for path in paths_on(torch.device("cuda"))}
+    on_mps = {path.operation: path for path in paths_on(torch.device("mps"))}
+    assert on_cuda["distillation_loss"].path == "triton"
+    assert on_mps["distillation_loss"].path == "pytorch"
+    assert "on mps" in on_mps["distillation_loss"].reason
+    assert "interpreter" in paths_on(torch.device("cpu"))[0].reason
