@@ -27,7 +27,7 @@ DARK_SERIES = ("#56b4e9", "#ff8c42", "#2bc99b", "#e39ac6", "#f0c24b", "#b0b7c0")
 _SERIES_SENTINELS = tuple(f"#0a0b{i:02x}" for i in range(1, 7))
 _TEXT_SENTINEL = "#010203"
 _GRID_SENTINEL = "#010204"
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "h")  # eleven, so that 66 series differ
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 _WIDTH_IN = 7.0
 _HEIGHT_IN = 3.9
@@ -257,7 +257,9 @@ def _xy_plot(
         keep = [i for i in range(len(one.x)) if _drawable(one.x[i], log_x) and _drawable(one.y[i], log_y)]
         xs, ys = [one.x[i] for i in keep], [one.y[i] for i in keep]
         line = _DASHES[index % 6] if with_lines and one.connected else "none"
-        axes.plot(xs, ys, color=colour, marker=_MARKERS[index % 6], markersize=5.5, linestyle=line, label=one.name)
+        axes.plot(
+            xs, ys, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, linestyle=line, label=one.name
+        )
         if one.y_error:
             axes.errorbar(xs, ys, yerr=[one.y_error[i] or 0.0 for i in keep], fmt="none", ecolor=colour, capsize=2)
         if one.labels:

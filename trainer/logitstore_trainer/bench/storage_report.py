@@ -139,7 +139,7 @@ def _gradient_trade_off(results: Sequence[dict[str, Any]]) -> Plot:
 def _series(results: Sequence[dict[str, Any]], quantity: str, family: Callable[[dict[str, Any]], str]) -> list[Series]:
     """One series for each family of the rows that have the quantity."""
     curves: dict[str, list[dict[str, Any]]] = {}
-    for row in results:
+    for row in sorted(results, key=lambda row: row["bytes_per_token"]):
         if not _is_full_width(row) and row[quantity] is not None:
             curves.setdefault(family(row), []).append(row)
     return [
