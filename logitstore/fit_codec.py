@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logitstore.codecs.ranked_layout import moment_classes
-from logitstore.corrections import CorrectionTables, fit_corrections
+from logitstore.corrections import fit_corrections
 from logitstore.fit_cache import FitCache
 from logitstore.fit_tables import fit_tables, joined
 from logitstore.logits_source import FactoredLogits
@@ -86,6 +86,23 @@ def fitted_on_rows(
     return _fitted(codec, rows, list(targets_of_rows(codec.unfitted(), rows)), tail, on_progress)
 
 
+def fitted_steps(
+    codec: "TopKCodec", rows: TailRows, tail: TailModel, steps: Sequence[float | None]
+) -> Iterator["TopKCodec"]:
+    """The codec, of at most 64 entries and a predicted tail, once for each tail_step, None for no corrections: as
+    fitted_on_rows makes them, but what does not hang on the step is fitted once."""
+    targets = list(targets_of_rows(codec.unfitted(), rows))
+    tables = replace(fit_tables(joined(targets), codec.head_format, codec.vocab_size), tail=tail)
+    left_over = None
+    for step in steps:
+        if step is None:
+            yield replace(codec.unfitted(), tail="predicted").refitted(tables)
+            continue
+        left_over = left_over or _left_over(rows, targets, tables.predictor, None)
+        corrected = replace(codec.unfitted(), tail="predicted", tail_step=step)
+        yield corrected.refitted(replace(tables, corrections=fit_corrections(step, *left_over)))
+
+
 def fit_tail(
     rows: TailRows,
     settings: TailFitSettings | None = None,
@@ -138,18 +155,15 @@ def _fitted(
         return codec.refitted(tables)
     tables = replace(tables, tail=tail if tail is not None else fit_tail(rows, on_progress=on_progress))
     if codec.tail_step is not None:
-        corrections = _corrections(codec.tail_step, rows, targets, tables.predictor, on_progress)
-        tables = replace(tables, corrections=corrections)
+        left_over = _left_over(rows, targets, tables.predictor, on_progress)
+        tables = replace(tables, corrections=fit_corrections(codec.tail_step, *left_over))
     return codec.refitted(tables)
 
 
-def _corrections(
-    step: float,
-    rows: TailRows,
-    targets: Sequence[TeacherTargets],
-    predictor: TailPredictor,
-    on_progress: OnProgress | None,
-) -> CorrectionTables:
+def _left_over(
+    rows: TailRows, targets: Sequence[TeacherTargets], predictor: TailPredictor, on_progress: OnProgress | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(errors [n, r] of the prediction, weights [n], classes [n]) of CORRECTION_ROWS rows, spread over all."""
     errors, weights, classes = [], [], []
     on_text = counted(on_progress, "texts", rows.n_sequences)
     every = max(1, rows.n_rows // CORRECTION_ROWS)
@@ -162,7 +176,7 @@ def _corrections(
         errors.append(predictor.teacher_coefs(*_hidden(rows, index)) - predicted[sequence.present])
         weights.append(tail_weights(sequence))
         classes.append(classes_of(sequence))
-    return fit_corrections(step, *(np.concatenate(parts) for parts in (errors, weights, classes)))
+    return np.concatenate(errors), np.concatenate(weights), np.concatenate(classes)
 
 
 def classes_of(targets: TeacherTargets) -> np.ndarray:

@@ -26,8 +26,7 @@ def codec_rows():
 
 def test_no_paragraph_of_the_documentation_is_in_both_halves(codec_rows) -> None:
     fit, measured = (codec_rows.passages(codec_rows.documentation(fit_half=half)) for half in (True, False))
-    assert len(fit) > 1000
-    assert len(measured) > 1000
+    assert min(len(fit), len(measured)) > 500
     assert fit & measured == set()
 
 

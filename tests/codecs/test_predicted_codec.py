@@ -10,7 +10,7 @@ from made_up_teacher import SETTINGS, D, V, teacher_samples
 import logitstore
 from logitstore.codecs.topk import TopKCodec
 from logitstore.errors import CorruptionError, SpecMismatchError
-from logitstore.fit_codec import fitted_on_rows
+from logitstore.fit_codec import fitted_on_rows, fitted_steps
 from logitstore.tail_fit import fit_tail_model
 from logitstore.tail_rows import TailRows, tail_rows
 
@@ -56,6 +56,15 @@ def test_bytes_give_targets_back(rows: TailRows, tail, options: dict, tmp_path) 
             assert np.any(decoded.corrections)
         assert codec.encode(decoded, ids) == blob
         np.testing.assert_array_equal(decoded.dense_logprobs(2.0), targets.dense_logprobs(2.0))
+
+
+def test_several_steps_fitted_at_once_are_those_fitted_alone(rows: TailRows, tail) -> None:
+    steps = (None, 0.3, 0.1)
+    codec = logitstore.make_codec("topk", vocab_size=V, k=8, head="log", tail="predicted")
+    together = list(fitted_steps(codec, rows, tail, steps))
+    alone = [fitted(rows, tail, k=8, head="log", tail_step=step) for step in steps]
+    assert [codec.config for codec in together] == [codec.config for codec in alone]
+    assert len({codec.tables_sha256 for codec in together}) == 3
 
 
 def kl_to_teacher(codec: TopKCodec, temperature: float) -> float:

@@ -9,6 +9,7 @@ Letters: R rows, V vocabulary. T is the temperature.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 import logitstore
 from logitstore.codecs.topk import TopKCodec
 from logitstore.fit_cache import FitCache
-from logitstore.fit_codec import counted, fit_tail, fitted_on_rows, targets_of_rows
+from logitstore.fit_codec import counted, fit_tail, fitted_on_rows, fitted_steps, targets_of_rows
 from logitstore.tail_fit import TailFitSettings
 from logitstore.tail_model import TailModel
 from logitstore.tail_rows import TailRows, tail_rows
@@ -30,15 +31,19 @@ MEASURED_ROWS, SIZED_ROWS = 1020, 20_000
 HELD_OUT_EVERY = 5
 UNFITTED = tuple({"k": k} for k in (8, 16, 32, 64))
 RESIDUAL = tuple({"head": "log", "head_step": 0.5, "k": 64, "min_prob": p} for p in (0.01, 0.0025))
-_COARSE = ((0.02, 1.0, None), (0.01, 1.0, None), (0.01, 0.5, None), (0.005, 0.5, None), (0.0025, 0.5, None))
-_CORRECTED = {
-    0.01: (0.18, 0.15, 0.13, 0.1),
-    0.005: (0.18, 0.15, 0.13, 0.115, 0.1, 0.09, 0.08, 0.07, 0.0625, 0.055, 0.05, 0.045, 0.041, 0.037),
-    0.0025: (0.06, 0.045, 0.03),
-}
+_TAIL_STEPS: dict[tuple[float, float], tuple[float | None, ...]] = {  # by (min_prob, head_step)
+    (0.02, 1.0): (None,),
+    (0.01, 1.0): (None,),
+    (0.01, 0.5): (None, 0.18, 0.15, 0.13, 0.1),
+    (0.005, 0.5): (
+        None, 0.18, 0.15, 0.13, 0.115, 0.1, 0.09, 0.08, 0.07, 0.0625, 0.055, 0.05, 0.045, 0.041, 0.037,
+    ),
+    (0.0025, 0.5): (None, 0.06, 0.045, 0.03),
+}  # fmt: skip
 PREDICTED = tuple(
     {"head": "log", "head_step": step, "k": 64, "min_prob": p, "tail": "predicted", "tail_step": tail_step}
-    for p, step, tail_step in (*_COARSE, *((p, 0.5, step) for p, steps in _CORRECTED.items() for step in steps))
+    for (p, step), tail_steps in _TAIL_STEPS.items()
+    for tail_step in tail_steps
 )
 
 
@@ -135,10 +140,15 @@ def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
     """Every configuration, fitted where it has something to fit."""
     vocab_size = len(rows.lm_head)
     for options in UNFITTED:
-        yield logitstore.make_codec("topk", vocab_size=vocab_size, **{**options, "k": min(options["k"], vocab_size)})
-    for options in (*RESIDUAL, *PREDICTED):
-        options = {**options, "k": min(options["k"], vocab_size)}
-        yield fitted_on_rows(logitstore.make_codec("topk", vocab_size=vocab_size, **options), rows, tail)
+        yield _codec(vocab_size, options)
+    for options in RESIDUAL:
+        yield fitted_on_rows(_codec(vocab_size, options), rows)
+    for head, group in groupby(PREDICTED, key=lambda options: {**options, "tail_step": None}):
+        yield from fitted_steps(_codec(vocab_size, head), rows, tail, [options["tail_step"] for options in group])
+
+
+def _codec(vocab_size: int, options: dict[str, Any]) -> TopKCodec:
+    return logitstore.make_codec("topk", vocab_size=vocab_size, **{**options, "k": min(options["k"], vocab_size)})
 
 
 def _spread_numbers(row_counts: NDArray[np.int64], held_out: Sequence[int], n_rows: int) -> list[int]:
