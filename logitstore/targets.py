@@ -188,15 +188,21 @@ class TeacherTargets:
             rows = slice(start, min(start + n_chunk, self.n_rows))
             entries = slice(self.offsets[rows.start], self.offsets[rows.stop])
             row_E = np.repeat(np.arange(rows.stop - start), counts[rows])
-            shape_NV = np.zeros((rows.stop - start, self.vocab_size), np.float32)
-            if coefs_Rr is not None:
-                shape_NV = self.tail_model.tail_logits(coefs_Rr[rows]) / np.float32(temperature)
-            shape_NV[row_E, self.ids[entries]] = -np.inf
-            with np.errstate(invalid="ignore"):
-                level_N = (rho_R - log_normaliser_R)[rows] - _logsumexp_rows(shape_NV)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                level_N = (rho_R - log_normaliser_R)[rows]
+                if coefs_Rr is None:
+                    level_N = level_N - np.log(self.vocab_size - counts[rows])
+                else:
+                    shape_NV = self.tail_model.tail_logits(coefs_Rr[rows]) / np.float32(temperature)
+                    shape_NV[row_E, self.ids[entries]] = -np.inf
+                    level_N = level_N - _logsumexp_rows(shape_NV)
                 level_N[np.isneginf(rho_R[rows])] = -np.inf
                 level_N[counts[rows] == 0] = np.nan
-                shape_NV += level_N.astype(np.float32)[:, None]
+                level_N1 = level_N.astype(np.float32)[:, None]
+                if coefs_Rr is None:
+                    shape_NV = np.repeat(level_N1, self.vocab_size, axis=1)
+                else:
+                    shape_NV += level_N1
             shape_NV[row_E, self.ids[entries]] = head_E[entries]
             yield start, shape_NV
 

@@ -105,15 +105,15 @@ def test_rows_have_exactly_the_documented_keys_and_the_documented_codecs(measure
     assert all(set(row) == KEYS for row in results)
     found = [(row["config"]["head"], row["config"]["k"]) for row in results if row["codec"] == "topk"]
     flat = [("int8", 8), ("int8", 16), ("int8", 32), ("int8", 64), ("int8", 128)]
-    flat += [(head, k) for head in ("fp8", "fp16") for k in (16, 64)]
+    flat += [("fp8", 64), ("fp16", 64)]
     assert found == [*flat, ("log", 16), ("log", 64)]
-    assert [configuration_text(row["config"]) for row in results[9:14]] == [
+    assert [configuration_text(row["config"]) for row in results[7:12]] == [
         "log 0.5 k=16 fitted", "log 0.5 k=64 fitted", "fp16 k=12", "fp16 weight 0.035", "50 draws",
     ]  # fmt: skip
-    assert [row["codec"] for row in results[11:14]] == ["varopt", "varopt", "rskd"]
-    assert [row["codec"] for row in results[14:]].count("raw fp16 + zstd") == 1
-    assert [row["codec"] for row in results[14:]].count("parquet lists") == 6
-    assert [row["codec"] for row in results[14:17]] == ["raw fp16 + zstd", "llama.cpp 16-bit", "top-p and 24 samples"]
+    assert [row["codec"] for row in results[9:12]] == ["varopt", "varopt", "rskd"]
+    assert [row["codec"] for row in results[12:]].count("raw fp16 + zstd") == 1
+    assert [row["codec"] for row in results[12:]].count("parquet lists") == 3
+    assert [row["codec"] for row in results[12:15]] == ["raw fp16 + zstd", "llama.cpp 16-bit", "top-p and 24 samples"]
     for row in results:
         assert row["encode_tokens_per_s"] > 0
         assert row["decode_tokens_per_s"] > 0
@@ -121,7 +121,7 @@ def test_rows_have_exactly_the_documented_keys_and_the_documented_codecs(measure
         assert row["tail_rows_per_s"] is None
 
 
-@pytest.mark.parametrize("number", [11, 12, 13])
+@pytest.mark.parametrize("number", [9, 10, 11])
 def test_samples_have_no_kl_and_the_squared_error_of_what_they_encode(measured, number):
     samples, results, _ = measured
     row = results[number]
@@ -134,7 +134,7 @@ def test_samples_have_no_kl_and_the_squared_error_of_what_they_encode(measured, 
 
 def test_fitted_codecs_are_fitted_on_the_first_half_and_their_tables_are_counted(measured):
     samples, results, _ = measured
-    row = results[9]
+    row = results[7]
     tensors = _tensors()
     bounds = np.concatenate([[0], np.cumsum(LENGTHS)])
     fitting = [(tensors["logits"][a:b], tensors["input_ids"][a:b]) for a, b in pairwise(bounds[:4])]
@@ -150,7 +150,7 @@ def test_fitted_codecs_are_fitted_on_the_first_half_and_their_tables_are_counted
     _check_fidelity(row, samples, lambda index, temperature: decoded[index].dense_logprobs(temperature))
 
 
-@pytest.mark.parametrize("number", [0, 1, 5, 7, 8])
+@pytest.mark.parametrize("number", [0, 1, 3, 5, 6])
 def test_our_codecs_have_the_bytes_and_the_divergences_of_what_they_encode(measured, number, tmp_path):
     samples, results, _ = measured
     row = results[number]
@@ -240,7 +240,7 @@ def test_with_a_calibration_file_all_samples_are_measured(tmp_path, capsys):
     assert (facts["samples_measured"], facts["rows_measured"], facts["samples_fitted_on"]) == (2, 10, 3)
     assert facts["fitted_on"] == paths[1]
     heads = [row["config"]["k"] for row in json.loads((out / "results.json").read_text()) if row["codec"] == "topk"]
-    assert heads == [16, 64, 16, 64, 16, 64, 16, 64]
+    assert heads == [16, 64, 64, 64, 16, 64]
     assert "report: " in capsys.readouterr().out
 
 
@@ -269,7 +269,7 @@ def test_presets_wider_than_the_vocabulary_are_left_out(tmp_path):
     results = json.loads(
         (_run(tmp_path, "--logits", str(tmp_path / "logits.safetensors")) / "results.json").read_text()
     )
-    assert [row["config"].get("k") for row in results] == [8, 16, 16, 16, 16, 12, 29, None, None, None, None, 16, 16]
+    assert [row["config"].get("k") for row in results] == [8, 16, 16, 12, 29, None, None, None, None]
 
 
 def test_quick_stops_at_the_sample_that_reaches_the_limit(tmp_path):

@@ -47,7 +47,7 @@ class Candidate(Protocol):
     def close(self) -> Totals: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class StoreCandidate:
     """One of our codecs, and a store written with it as the container; drives as rivals.Candidate says."""
 

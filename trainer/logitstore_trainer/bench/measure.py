@@ -18,9 +18,10 @@ from logitstore_trainer.bench.candidates import TEMPERATURES, Candidate
 from logitstore_trainer.bench.fidelity import Estimate, divergences_from, estimate, teacher_logprobs
 from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsFile
-from logitstore_trainer.bench.tail_measures import TailErrors
+from logitstore_trainer.bench.tail_measures import TailErrors, TeacherTail
 from logitstore_trainer.progress import Progress
 
+TAIL_ROWS = 1024  # of a kind, on which tails are asked for more than their KL
 Sums = dict[tuple[str, float], list[float]]  # (quantity, temperature) -> one sum over the rows of each sample
 
 
@@ -50,40 +51,55 @@ class _Found:
 
 def measure(kinds: Sequence[Kind], candidates: Sequence[Candidate], folder: Path) -> list[dict[str, Any]]:
     """One row of results.json for each candidate; containers are written below `folder`."""
-    total = sum(sum(kind.rows) for kind in kinds) * len(candidates)
+    fitted = [candidate for candidate in candidates if candidate.table_bytes]
+    wanted = {kind: fitted if kind.unseen else candidates for kind in kinds}  # unseen is a question to what is fitted
+    total = sum(sum(kind.rows) * len(of_kind) for kind, of_kind in wanted.items())
     with Progress(total=total, desc="encode, decode, compare", unit="rows") as display:
-        found = [_measured_kind(kind, candidates, folder / str(number), display) for number, kind in enumerate(kinds)]
-    return [result_row(candidate, kinds, [of_kind[i] for of_kind in found]) for i, candidate in enumerate(candidates)]
+        found = [_measured_kind(kind, wanted[kind], folder / str(i), display) for i, kind in enumerate(kinds)]
+    return [
+        result_row(
+            candidate,
+            {kind: of_kind[candidate] for kind, of_kind in zip(kinds, found, strict=True) if candidate in of_kind},
+        )
+        for candidate in candidates
+    ]
 
 
-def _measured_kind(kind: Kind, candidates: Sequence[Candidate], folder: Path, display: Progress) -> list[_Found]:
+def _measured_kind(
+    kind: Kind, candidates: Sequence[Candidate], folder: Path, display: Progress
+) -> dict[Candidate, _Found]:
     sums: list[Sums] = [{} for _ in candidates]
     tails = [TailErrors() for _ in candidates]
     for number, candidate in enumerate(candidates):
         place = folder / str(number)
         place.mkdir(parents=True)
         candidate.open(place)
+    n_rows_done = 0
     for number in kind.samples:
         sample = kind.file[number]
         n_rows = len(sample.input_ids) - 1
-        readings = []
-        for candidate, tail in zip(candidates, tails, strict=True):
-            readings.append(candidate.add(number, sample))
-            if candidate.decoded is not None:
-                tail.add(candidate.decoded, sample.logits)
+        readings = [candidate.add(number, sample) for candidate in candidates]
         for temperature in TEMPERATURES:
             logp_RV = teacher_logprobs(sample.logits, n_rows, kind.file.vocab_size, temperature)
-            for candidate, reconstruct, sums_of in zip(candidates, readings, sums, strict=True):
-                if temperature in candidate.temperatures:
-                    for what, rows in divergences_from(logp_RV, reconstruct(temperature))._asdict().items():
-                        sums_of.setdefault((what, temperature), []).append(float(rows.sum()))
+            asks_tails = temperature == 1 and n_rows_done < TAIL_ROWS
+            teacher_tail = TeacherTail.of(logp_RV.numpy()) if asks_tails else None
+            for candidate, reconstruct, sums_of, tail in zip(candidates, readings, sums, tails, strict=True):
+                if temperature not in candidate.temperatures:
+                    continue
+                q_RV = reconstruct(temperature)
+                for what, rows in divergences_from(logp_RV, q_RV)._asdict().items():
+                    sums_of.setdefault((what, temperature), []).append(float(rows.sum()))
+                if teacher_tail is not None and candidate.decoded is not None:
+                    tail.add(candidate.decoded, q_RV, teacher_tail)
+        n_rows_done += n_rows
         display.update(n_rows * len(candidates))
-    return [_Found(candidate.close(), *rest) for candidate, *rest in zip(candidates, sums, tails, strict=True)]
+    parts = zip(candidates, sums, tails, strict=True)
+    return {candidate: _Found(candidate.close(), of_sums, tail) for candidate, of_sums, tail in parts}
 
 
-def result_row(candidate: Candidate, kinds: Sequence[Kind], found: Sequence[_Found]) -> dict[str, Any]:
+def result_row(candidate: Candidate, found: dict[Kind, _Found]) -> dict[str, Any]:
     """The row of results.json: the kinds that are not unseen together, and each kind apart in "kinds"."""
-    seen = [(kind, of_kind) for kind, of_kind in zip(kinds, found, strict=True) if not kind.unseen]
+    seen = [(kind, of_kind) for kind, of_kind in found.items() if not kind.unseen]
     rows_S = [n_rows for kind, _ in seen for n_rows in kind.rows]
 
     def mean(what: str, temperature: float) -> Estimate:
@@ -116,7 +132,7 @@ def result_row(candidate: Candidate, kinds: Sequence[Kind], found: Sequence[_Fou
         "bytes_of": _bytes_of([part.bytes_of for part in totals], n_rows),
         **TailErrors.joined([of_kind.tail for _, of_kind in seen]).as_json(),
     }
-    row["kinds"] = {kind.name: _of_kind(kind, of_kind) for kind, of_kind in zip(kinds, found, strict=True)}
+    row["kinds"] = {kind.name: _of_kind(kind, of_kind) for kind, of_kind in found.items()}
     return row
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.logits_source import iter_logit_chunks
+from logitstore.topk import topk_with_tail
 from logitstore_trainer.bench.candidates import TEMPERATURES, Reconstruction
 from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsSample
@@ -68,11 +69,13 @@ class NucleusAndSamples:
             peak_N1 = logits_NV.max(axis=1, keepdims=True)
             lse_N1 = peak_N1 + np.log(np.exp(logits_NV - peak_N1).sum(axis=1, keepdims=True, dtype=np.float64))
             logp_NV = (logits_NV - lse_N1).astype(np.float32)
-            top_NK = np.argsort(-logp_NV, axis=1, kind="stable")[:, :n_most]
+            top_NK = topk_with_tail(logits_NV, n_most).ids.astype(np.int64)
             before_NK = np.exp(np.take_along_axis(logp_NV, top_NK, axis=1).astype(np.float64)).cumsum(axis=1)
             nucleus_N = 1 + (before_NK[:, :-1] < TOP_P).sum(axis=1)
             counts_N = np.minimum(nucleus_N + DRAWN, self._vocab_size)
-            keys_NV = logp_NV + rng.gumbel(size=logp_NV.shape).astype(np.float32)  # the 24 greatest: drawn by p
+            keys_NV = logp_NV - np.log(
+                rng.standard_exponential(logp_NV.shape, np.float32)
+            )  # Gumbel: the 24 greatest: drawn by p
             row, rank = np.nonzero(np.arange(n_most) < nucleus_N[:, None])
             keys_NV[row, top_NK[row, rank]] = -np.inf
             n_drawn = min(DRAWN, self._vocab_size)

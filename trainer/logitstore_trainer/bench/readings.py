@@ -23,9 +23,13 @@ def missing_mass_uniform(
     logps_RK = logps_RK.astype(np.float32)
     missing_R1 = 1.0 - np.exp(logps_RK.astype(np.float64)).sum(axis=1, keepdims=True)
     fill_R1 = np.log(np.maximum(missing_R1 / max(vocab_size - k, 1), _LEAST_MISSING_P)).astype(np.float32)
-    dense_RV = np.repeat(fill_R1, vocab_size, axis=1)
-    np.put_along_axis(dense_RV, ids_RK.astype(np.int64), logps_RK, axis=1)
-    return log_softmax_rows(dense_RV, temperature)
+    terms_RK = np.exp(logps_RK.astype(np.float64) / temperature)
+    total_R1 = terms_RK.sum(axis=1, keepdims=True) + (vocab_size - k) * np.exp(fill_R1.astype(np.float64) / temperature)
+    log_total_R1 = np.log(total_R1)
+    dense_RV = np.repeat((fill_R1 / temperature - log_total_R1).astype(np.float32), vocab_size, axis=1)
+    tempered_RK = (logps_RK / temperature - log_total_R1).astype(np.float32)
+    np.put_along_axis(dense_RV, ids_RK.astype(np.int64), tempered_RK, axis=1)
+    return dense_RV
 
 
 def top_entries(sample: LogitsSample, k: int, vocab_size: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -37,10 +41,11 @@ def top_entries(sample: LogitsSample, k: int, vocab_size: int) -> tuple[NDArray[
 
 def log_softmax_rows(x_RV: NDArray[Any], temperature: float) -> NDArray[np.float32]:
     """float32 [R, V], computed in float64 in row chunks of 16 MiB."""
+    import torch
+
     out_RV = np.empty(x_RV.shape, np.float32)
     n_chunk = max(1, (16 << 20) // (8 * x_RV.shape[1]))
     for start in range(0, len(x_RV), n_chunk):
-        part = x_RV[start : start + n_chunk].astype(np.float64) / temperature
-        part -= part.max(axis=1, keepdims=True)
-        out_RV[start : start + n_chunk] = part - np.log(np.exp(part).sum(axis=1, keepdims=True))
+        part = torch.from_numpy(np.ascontiguousarray(x_RV[start : start + n_chunk])).double() / temperature
+        out_RV[start : start + n_chunk] = part.log_softmax(1).numpy()
     return out_RV

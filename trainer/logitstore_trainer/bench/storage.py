@@ -40,7 +40,7 @@ class Preset:
 
 _FLAT = tuple(
     Preset({"name": "topk", "head": head, "k": k})
-    for head, k in (*(("int8", k) for k in (8, 16, 32, 64, 128)), ("fp8", 16), ("fp8", 64), ("fp16", 16), ("fp16", 64))
+    for head, k in (*(("int8", k) for k in (8, 16, 32, 64, 128)), ("fp8", 64), ("fp16", 64))
 )
 _FITTED = tuple(Preset({"name": "topk", "head": "log", "head_step": 0.5, "k": k}, fitted=True) for k in (16, 64))
 _SAMPLED = (

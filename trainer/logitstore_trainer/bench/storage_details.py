@@ -80,19 +80,28 @@ def _container(row: dict[str, Any]) -> float:
 
 def kinds_of_text(results: Rows) -> Section | None:
     """Bytes and KL of each kind of text, those that no fit has seen marked."""
-    kinds = list(results[0]["kinds"]) if results else []
+    kinds = list({name: None for row in results for name in row["kinds"]})
+    unseen = {name for row in results for name, kind in row["kinds"].items() if kind["unseen"]}
     if len(kinds) < 2:
         return None
     headers = ["codec", "configuration"]
     for name in kinds:
-        mark = " (in no fit)" if results[0]["kinds"][name]["unseen"] else ""
+        mark = " (in no fit)" if name in unseen else ""
         headers += [f"{name}{mark}: bytes", "KL T=1", "KL T=2"]
     cells = []
     for row in results:
-        numbers = [row["kinds"][name][what] for name in kinds for what in ("bytes_per_token", "kl_t1", "kl_t2")]
+        columns = ("bytes_per_token", "kl_t1", "kl_t2")
+        numbers = [row["kinds"].get(name, {}).get(what) for name in kinds for what in columns]
         cells.append([row["codec"], configuration_text(row["config"]), *numbers])
     return Section(
-        "Kinds of text", [Table(headers, cells, "The plots and the table above hold the kinds that are in the fit.")]
+        "Kinds of text",
+        [
+            Table(
+                headers,
+                cells,
+                "Plots and table above hold the kinds that are in the fit; what is not fitted was not asked others.",
+            )
+        ],
     )
 
 

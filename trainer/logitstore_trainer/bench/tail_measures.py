@@ -8,14 +8,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logitstore import TeacherTargets
-from logitstore.logits_source import iter_logit_chunks
 from logitstore.temperature import segment_logsumexp, shifted_head, tail_logmoment
 
 TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 ASKED, NOISE, SEED = 32, 2.0, 0  # a made-up student's 32 most probable tokens: the teacher's logits and noise of 2 nats
-MOST_ROWS = 1024  # of a kind, per candidate
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTail:
+    """What the teacher says of a sample, for any number of stores: logp [R, V] float64 at T = 1, its log-sum-exp at
+    each of TEMPERATURES [6, R], and the tokens that a student asks for [R, M]."""
+
+    logp: NDArray[np.float64]
+    lse: NDArray[np.float64]
+    asked: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, logp_RV: NDArray[np.float64]) -> "TeacherTail":
+        """From the teacher's log-probs at T = 1."""
+        rng = np.random.default_rng(SEED)
+        lse = np.stack([np.log(np.exp(logp_RV / t).sum(axis=1)) for t in TEMPERATURES])
+        noisy_RV = logp_RV + NOISE * rng.standard_normal(logp_RV.shape, dtype=np.float32)
+        n_asked = min(ASKED, logp_RV.shape[1])
+        return cls(logp_RV, lse, np.argpartition(-noisy_RV, n_asked - 1, axis=1)[:, :n_asked])
 
 
 @dataclass
@@ -28,35 +46,22 @@ class TailErrors:
     mass: np.ndarray = field(default_factory=lambda: np.zeros(len(TEMPERATURES)))
     logprob: float = 0.0
 
-    def add(self, decoded: TeacherTargets, logits: Any) -> None:
-        """Adds a sample: what was read back, and the teacher's logits [L, V] or FactoredLogits."""
-        if decoded.is_sampled or self.n_rows >= MOST_ROWS:
+    def add(self, decoded: TeacherTargets, q_logprobs_RV: NDArray[np.float32], teacher: TeacherTail) -> None:
+        """Adds a sample: what was read back, and its log-probs [R, V] at T = 1. Samples of a tail count for nothing."""
+        if decoded.is_sampled:
             return
-        stored = np.stack([_stored_mass(decoded, t) for t in TEMPERATURES])
-        rng = np.random.default_rng(SEED)
-        start = 0
-        for chunk_NV in iter_logit_chunks(logits, np.arange(decoded.n_rows), vocab_size=decoded.vocab_size):
-            rows = slice(start, start + len(chunk_NV))
-            start = rows.stop
-            true = np.stack([_true_mass(decoded, rows, chunk_NV, t) for t in TEMPERATURES])
-            self.mass += np.abs(stored[:, rows] - true).sum(axis=1)
-        self._add_answers(decoded, logits, rng)
-        self.n_rows += decoded.n_rows
-
-    def _add_answers(self, decoded: TeacherTargets, logits: Any, rng: np.random.Generator) -> None:
-        n_asked = min(ASKED, decoded.vocab_size)
-        asked, true = [], []
-        for chunk_NV in iter_logit_chunks(logits, np.arange(decoded.n_rows), vocab_size=decoded.vocab_size):
-            noisy_NV = chunk_NV + NOISE * rng.standard_normal(chunk_NV.shape, dtype=np.float32)
-            ids_NM = np.argpartition(-noisy_NV, n_asked - 1, axis=1)[:, :n_asked]
-            asked.append(ids_NM)
-            lse_N1 = _logsumexp(chunk_NV.astype(np.float64))[:, None]
-            true.append(np.take_along_axis(chunk_NV, ids_NM, axis=1) - lse_N1)
-        answers = decoded.logprobs_at(np.concatenate(asked))
-        error_R = np.abs(answers - np.concatenate(true)).mean(axis=1)
+        row_E = np.repeat(np.arange(decoded.n_rows), decoded.counts)
+        logp_E = teacher.logp[row_E, decoded.ids]
+        for i, temperature in enumerate(TEMPERATURES):
+            p_E = np.exp(logp_E / temperature - teacher.lse[i, row_E])
+            true_R = 1 - np.bincount(row_E, p_E, minlength=decoded.n_rows)
+            self.mass[i] += np.abs(_stored_mass(decoded, temperature) - true_R).sum()
+        true_RM = np.take_along_axis(teacher.logp, teacher.asked, axis=1)
+        error_R = np.abs(np.take_along_axis(q_logprobs_RV, teacher.asked, axis=1) - true_RM).mean(axis=1)
         answered = np.isfinite(error_R)
         self.logprob += float(error_R[answered].sum())
         self.n_answered += int(answered.sum())
+        self.n_rows += decoded.n_rows
 
     @classmethod
     def joined(cls, parts: Sequence["TailErrors"]) -> "TailErrors":
@@ -82,18 +87,3 @@ def _stored_mass(decoded: TeacherTargets, temperature: float) -> np.ndarray:
     n_tail_R = decoded.vocab_size - decoded.counts
     tail_R = tail_logmoment(decoded.tail_logmass, decoded.tail_logmoment_half, n_tail_R, temperature=temperature)
     return np.exp(tail_R - np.logaddexp(segment_logsumexp(head_E, decoded.offsets), tail_R))
-
-
-def _true_mass(decoded: TeacherTargets, rows: slice, logits_NV: np.ndarray, temperature: float) -> np.ndarray:
-    """The share of p_T [n] of the tokens that are no entries of these rows."""
-    scaled_NV = logits_NV.astype(np.float64) / temperature
-    lse_N = _logsumexp(scaled_NV)
-    row_E = np.repeat(np.arange(rows.stop - rows.start), decoded.counts[rows])
-    entries = slice(decoded.offsets[rows.start], decoded.offsets[rows.stop])
-    p_E = np.exp(scaled_NV[row_E, decoded.ids[entries]] - lse_N[row_E])
-    return 1 - np.bincount(row_E, p_E, minlength=len(lse_N))
-
-
-def _logsumexp(values_NV: np.ndarray) -> np.ndarray:
-    peak_N = values_NV.max(axis=1)
-    return np.log(np.exp(values_NV - peak_N[:, None]).sum(axis=1)) + peak_N
