@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from logitstore_kernels.dispatch import paths_on, why_not_the_kernel
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_trainer.cli import main
 
@@ -13,7 +14,7 @@ def path_of_a_call() -> str:
     teacher = TeacherBatch.from_topk(
         torch.tensor([[3]]), torch.tensor([[-1.0]]), torch.tensor([-0.5]), torch.tensor([0.1]), vocab_size=64
     )
-    refusal = why_not_the_kernel(torch.zeros(1, 64), teacher)
+    refusal = why_not_the_kernel(torch.zeros(1, 64), teacher, LossTerms(2.0, 0.7, "bucket", True, True))
     return "triton" if refusal is None else "pytorch"
 
 
