@@ -1,9 +1,10 @@
 """The distillation loss over row chunks, value and analytic gradient in one pass: the fast path for CPU and MPS.
 
-A chunk of logits is copied to one buffer of 8 MiB on a CPU (two where cross-entropy and KL need different temperatures,
-three for a dense tail), turned into the gradient there (chunk_math.py), and written out; nothing of N * V elements is
-made besides the gradient, and with inplace=True not even that. Computes in float32, in float64 for float64 logits. The
-price: the gradient exists before backward() asks for it, and it cannot be differentiated again.
+A chunk of logits is copied to one buffer (row_chunks.py says how large; a second one for a dense tail) and turned into
+the gradient (chunk_math.py), whose own memory is the scratch where that has the dtype to compute in and its rows all
+count; else it is one more buffer. Nothing of N * V elements is made besides the gradient, and with inplace=True not
+even that. Computes in float32, in float64 for float64 logits. The price: the gradient exists before backward() asks for
+it, and it cannot be differentiated again.
 
 Letters: N rows, C rows of a chunk, V vocabulary, W logits columns (W >= V). T is the temperature.
 """
@@ -16,15 +17,15 @@ from logitstore_kernels.chunk_math import (
     ChunkBuffers,
     KnownRows,
     known_rows,
+    needs_scratch,
     needs_shape,
-    needs_two_exponentials,
     stream,
     values,
     write_gradient,
 )
 from logitstore_kernels.loss_arguments import compute_dtype
 from logitstore_kernels.loss_terms import LossRows, LossTerms
-from logitstore_kernels.row_chunks import row_chunks, rows_per_chunk
+from logitstore_kernels.row_chunks import RowChunk, row_chunks, rows_per_chunk, zero_rows
 from logitstore_kernels.teacher_batch import TeacherBatch
 
 
@@ -77,20 +78,28 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N, _kl, _ce):
-        if upstream_N is None:
-            return (None,) * 8
-        gradient_NW = ctx.gradient_NW
-        if gradient_NW is None:
-            raise RuntimeError(
-                "the distillation loss was differentiated a second time; its gradient was handed out by the first "
-                "backward(). Pass retain_graph=True to that one, or compute the loss again"
-            )
-        if graph_is_kept():
-            gradient_NW = gradient_NW.clone()
-        else:
-            ctx.gradient_NW = None
-        _scale_rows(gradient_NW, upstream_N / ctx.expected_upstream)
-        return gradient_NW, *(None,) * 7
+        return take_gradient(ctx, upstream_N), *(None,) * 7
+
+
+def take_gradient(ctx, upstream_N: Tensor | None) -> Tensor | None:
+    """The stored ctx.gradient_NW, which was multiplied with ctx.expected_upstream, for upstream_N in its place.
+
+    Mutates ctx: what is stored is handed out once, unless the graph is kept.
+    """
+    if upstream_N is None:
+        return None
+    gradient_NW = ctx.gradient_NW
+    if gradient_NW is None:
+        raise RuntimeError(
+            "the distillation loss was differentiated a second time; its gradient was handed out by the first "
+            "backward(). Pass retain_graph=True to that one, or compute the loss again"
+        )
+    if graph_is_kept():
+        gradient_NW = gradient_NW.clone()
+    else:
+        ctx.gradient_NW = None
+    _scale_rows(gradient_NW, upstream_N / ctx.expected_upstream)
+    return gradient_NW
 
 
 def graph_is_kept() -> bool:
@@ -116,9 +125,29 @@ def _rows_per_chunk(logits_NW: Tensor) -> int:
     return rows_per_chunk(compute_dtype(logits_NW).itemsize * logits_NW.shape[1], logits_NW.device)
 
 
-def _new_buffers(like: Tensor, terms: LossTerms, chunk_rows: int, vocab_size: int) -> ChunkBuffers:
-    needed = (True, needs_two_exponentials(terms) or needs_shape(terms), needs_shape(terms))
-    return ChunkBuffers(*(like.new_empty(chunk_rows, vocab_size) if need else None for need in needed))
+class _Memory:
+    """The buffers of a run over chunks, each made when a chunk first needs it."""
+
+    def __init__(self, like: Tensor, terms: LossTerms, chunk_rows: int, vocab_size: int) -> None:
+        self._like, self._terms, self._shape = like, terms, (chunk_rows, vocab_size)
+        self._made: dict[str, Tensor] = {}
+
+    def of_chunk(self, chunk: RowChunk, gradient_NV: Tensor | None) -> ChunkBuffers:
+        """Buffers for the chunk's rows, out_CV being their very gradient where it is computed in place."""
+        n_rows = sum(of_chunk.stop - of_chunk.start for of_chunk, _ in chunk.runs)
+        x_CV = self._buffer("x", n_rows)
+        shape_CV = self._buffer("shape", n_rows) if needs_shape(self._terms) else None
+        if self.is_in_place(chunk, gradient_NV):
+            return ChunkBuffers(x_CV, gradient_NV[chunk.runs[0][1]], shape_CV)
+        return ChunkBuffers(x_CV, self._buffer("out", n_rows) if needs_scratch(self._terms) else x_CV, shape_CV)
+
+    def is_in_place(self, chunk: RowChunk, gradient_NV: Tensor | None) -> bool:
+        return gradient_NV is not None and len(chunk.runs) == 1 and gradient_NV.dtype == self._like.dtype
+
+    def _buffer(self, name: str, n_rows: int) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._like.new_empty(self._shape)
+        return self._made[name][:n_rows]
 
 
 @torch.no_grad()
@@ -137,27 +166,28 @@ def _run(
     known = known_rows(teacher, labels_N, counted_N, terms, compute_dtype(logits_NW))
     kl_N, ce_N = torch.zeros_like(known.n_tail_C), torch.zeros_like(known.n_tail_C)
     chunk_rows = min(_rows_per_chunk(logits_NW), n_rows)
-    new_buffers = _new_buffers(known.logt_CK, terms, chunk_rows, vocab_size)
+    memory = _Memory(known.logt_CK, terms, chunk_rows, vocab_size)
+    gradient_NV = None if gradient_NW is None else gradient_NW[:, :vocab_size]
     if gradient_NW is not None:
         gradient_NW[:, vocab_size:] = 0
         if skip_uncounted:
-            gradient_NW[~counted_N] = 0
-    for rows, runs in row_chunks(counted_N, max(chunk_rows, 1), skip_uncounted=skip_uncounted):
+            zero_rows(gradient_NW, ~counted_N)
+    for row_chunk in row_chunks(counted_N, max(chunk_rows, 1), skip_uncounted=skip_uncounted):
+        rows, runs = row_chunk
         chunk = KnownRows(*(None if value is None else value[rows] for value in known))
-        buffers = ChunkBuffers(*(None if value is None else value[: len(chunk.label_C)] for value in new_buffers))
-        x_CV = buffers.x_CV
+        buffers = memory.of_chunk(row_chunk, gradient_NV)
         for buffer_rows, run in runs:
-            x_CV[buffer_rows].copy_(logits_NW[run, :vocab_size])
+            buffers.x_CV[buffer_rows].copy_(logits_NW[run, :vocab_size])
         if needs_shape(terms):
             teacher.dense_tail.write_logits(buffers.shape_CV, chunk.coefs_Cr, temperature=terms.temperature)
         student = stream(buffers, chunk, terms)
         kl_N[rows], ce_N[rows] = values(student, chunk, terms)
-        if gradient_NW is not None:
+        if gradient_NV is not None:
             write_gradient(buffers, student, chunk, terms, expected_upstream)
             if not skip_uncounted:
-                x_CV.masked_fill_(~chunk.counted_C[:, None], 0)
-            for buffer_rows, run in runs:
-                gradient_NW[run, :vocab_size] = x_CV[buffer_rows]
+                buffers.out_CV.masked_fill_(~chunk.counted_C[:, None], 0)
+            for buffer_rows, run in () if memory.is_in_place(row_chunk, gradient_NV) else runs:
+                gradient_NV[run] = buffers.out_CV[buffer_rows]
     loss_N = torch.zeros_like(kl_N)
     if terms.alpha > 0:
         loss_N.add_(kl_N, alpha=terms.alpha * terms.temperature**2)

@@ -80,6 +80,10 @@ class DenseTail:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return DenseTail(**{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
 
+    def tokens(self, tokens: slice) -> "DenseTail":
+        """The same rows' logits of these tokens alone, as views."""
+        return DenseTail(self.coefs_Nr, self.basis_Vr[tokens], self.bias_V[tokens])
+
     def write_logits(self, out_CV: Tensor, coefs_Cr: Tensor, *, temperature: float) -> None:
         """Mutates out_CV to (coefs_Cr @ basis_Vr^T + bias_V) / T; both are of the dtype to compute in, without graphs.
 

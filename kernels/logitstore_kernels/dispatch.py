@@ -88,13 +88,6 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def best_device() -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def paths_on(device: torch.device) -> list[OperationPath]:
     """The path of every operation for tensors on `device`, of the dtypes and shapes that the kernels are made for."""
     refusal = why_no_triton(device)
@@ -102,5 +95,12 @@ def paths_on(device: torch.device) -> list[OperationPath]:
     if refusal is None:
         how = "Triton's interpreter, on the CPU and slowly" if device.type == "cpu" else "Triton, compiled at first use"
         path, reason = "triton", f"{how}; float64 logits go through row chunks of plain PyTorch"
-    topk = "torch.topk and reductions over row chunks; there is no kernel for it"
-    return [OperationPath("distillation_loss", path, reason), OperationPath("topk_with_tail", "pytorch", topk)]
+    no_kernel = "row chunks of plain PyTorch: there is no kernel for it"
+    return [
+        OperationPath("distillation_loss", path, reason),
+        OperationPath("fused_linear_distillation_loss", path, f"matrix products of torch, and between them: {reason}"),
+        OperationPath("vocab_parallel_distillation_loss", "pytorch", no_kernel),
+        OperationPath("topk_with_tail", "pytorch", no_kernel),
+        OperationPath("topk_with_tail_linear", "pytorch", no_kernel),
+        OperationPath("varopt_sample", "pytorch", no_kernel),
+    ]

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from logitstore_kernels.autocast import without_autocast
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
@@ -154,7 +155,7 @@ def _tail_logshape(teacher: TeacherBatch, ids_NK: Tensor, logt_tail_N: Tensor, t
     """ln of each tail token's share of the tail at T [N, V], -inf at entries; in rows without a tail whatever."""
     dtype, dense = logt_tail_N.dtype, teacher.dense_tail
     coefs_Nr = dense.coefs_Nr.to(dtype).masked_fill((logt_tail_N == -math.inf)[:, None], 0)
-    with torch.autocast(coefs_Nr.device.type, enabled=False):
+    with without_autocast(coefs_Nr.device):
         logits_NV = (coefs_Nr @ dense.basis_Vr.to(dtype).T + dense.bias_V.to(dtype)) / temperature
     logits_NV = logits_NV.scatter(1, ids_NK, -math.inf)
     # A tail of no tokens has a log-sum of -inf; 0 in its place keeps -inf - -inf away.

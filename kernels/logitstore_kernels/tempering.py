@@ -71,7 +71,7 @@ def temper_teacher(teacher: TeacherBatch, *, temperature: float, tail: str, dtyp
         logp_NK = logp_NK + shift_N[:, None]  # NaN in absent rows
     head_NK = logp_NK / temperature
     log_normaliser_N = torch.logaddexp(head_NK.logsumexp(dim=1), rho_N)
-    keep_tail_N = present_N & (tail != "dropped")
+    keep_tail_N = torch.zeros_like(present_N) if tail == "dropped" else present_N
     return TemperedTeacher(
         (head_NK - log_normaliser_N[:, None]).masked_fill(~present_N[:, None], -math.inf),
         (rho_N - log_normaliser_N).masked_fill(~keep_tail_N, -math.inf),

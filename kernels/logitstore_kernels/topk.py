@@ -8,6 +8,7 @@ Letters: N rows, C rows of a chunk, K entries kept, V vocabulary, W logits colum
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -34,19 +35,25 @@ class TopKWithTail(NamedTuple):
 
 @torch.no_grad()
 def topk_with_tail(
-    logits_NV: Tensor, k: int, *, vocab_size: int | None = None, chunk_rows: int | None = None
+    logits_NV: Tensor,
+    k: int,
+    *,
+    vocab_size: int | None = None,
+    min_prob: float | None = None,
+    chunk_rows: int | None = None,
 ) -> TopKWithTail:
     """The k largest of log_softmax(logits) in each row, exact in float32, and the tail's log-mass and half log-moment.
 
     logits_NV: [N, V] or wider, any float dtype; columns at or beyond vocab_size take no part. K = min(k, vocab_size).
     A token of probability 0 (logit -inf) is never an entry: its place is a pad. Which of several equal tokens is the
     k-th is not specified. A row of nothing but -inf, or with NaN or +inf, gives NaN moments; nothing is checked on the
-    device. chunk_rows: rows worked on at a time; by default as many as suit the device.
+    device. min_prob: in (0, 1); entries with a probability below it, but for a row's first, become pads and belong to
+    the tail. chunk_rows: rows worked on at a time; by default as many as suit the device.
 
-    Raises TypeError / ValueError for logits that are not [N, V] floats, k or chunk_rows below 1, or fewer columns than
-    vocab_size.
+    Raises TypeError / ValueError for logits that are not [N, V] floats, k or chunk_rows below 1, fewer columns than
+    vocab_size, or a min_prob outside (0, 1).
     """
-    width, vocab_size = _check(logits_NV, k, vocab_size, chunk_rows)
+    width, vocab_size = check_topk(logits_NV, k, vocab_size, min_prob, chunk_rows)
     n_rows, k = logits_NV.shape[0], min(k, vocab_size)
     device = logits_NV.device
     out = TopKWithTail(
@@ -59,13 +66,17 @@ def topk_with_tail(
     chunk_rows = chunk_rows or rows_per_chunk(dtype.itemsize * width, device)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
-        x_CV = logits_NV[rows, :vocab_size].to(dtype)
-        for whole, part in zip(out, _topk_chunk(x_CV, k), strict=True):
+        kept = _topk_chunk(logits_NV[rows, :vocab_size].to(dtype), k)
+        kept = kept if min_prob is None else _unlikely_to_tail(kept, min_prob)
+        for whole, part in zip(out, kept, strict=True):
             whole[rows] = part
     return out
 
 
-def _check(logits_NV: Tensor, k: int, vocab_size: int | None, chunk_rows: int | None) -> tuple[int, int]:
+def check_topk(
+    logits_NV: Tensor, k: int, vocab_size: int | None, min_prob: float | None, chunk_rows: int | None
+) -> tuple[int, int]:
+    """(width of the logits, vocab_size); raises TypeError / ValueError as topk_with_tail says."""
     if not isinstance(logits_NV, Tensor):
         raise TypeError(f"logits_NV must be a torch.Tensor, got {type(logits_NV).__name__}")
     if not logits_NV.is_floating_point():
@@ -81,13 +92,17 @@ def _check(logits_NV: Tensor, k: int, vocab_size: int | None, chunk_rows: int | 
             raise ValueError(f"{name} must be at least 1, got {value}")
     if vocab_size > width:
         raise ValueError(f"logits_NV has {width} columns, fewer than vocab_size={vocab_size}")
+    if min_prob is not None and (isinstance(min_prob, bool) or not isinstance(min_prob, numbers.Real)):
+        raise TypeError(f"min_prob must be a number or None, got {type(min_prob).__name__}")
+    if min_prob is not None and not 0 < min_prob < 1:
+        raise ValueError(f"min_prob must be in (0, 1), got {min_prob}")
     return width, vocab_size
 
 
 def _topk_chunk(x_CV: Tensor, k: int) -> TopKWithTail:
     """The result for a chunk of logits. One place more than k is looked up: it is the tail's peak, without a pass."""
     vocab_size = x_CV.shape[1]
-    values, ids = _largest(x_CV, min(k + 1, vocab_size))
+    values, ids = largest(x_CV, min(k + 1, vocab_size))
     ids_CK = ids[:, :k].sort(dim=1).values
     head_CK, order_CK = x_CV.gather(1, ids_CK).sort(dim=1, descending=True, stable=True)
     ids_CK = ids_CK.gather(1, order_CK)
@@ -112,7 +127,21 @@ def _topk_chunk(x_CV: Tensor, k: int) -> TopKWithTail:
     )
 
 
-def _largest(x_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _unlikely_to_tail(kept: TopKWithTail, min_prob: float) -> TopKWithTail:
+    """The same with entries below min_prob, but for the first of a row, moved to the tail."""
+    ids_CK, logps_CK, mass_C, half_C = kept
+    moved_CK = logps_CK < torch.tensor(math.log(min_prob), dtype=torch.float32)
+    moved_CK[:, 0] = False
+    moved_logps_CK = logps_CK.masked_fill(~moved_CK, -math.inf)
+    return TopKWithTail(
+        ids_CK.masked_fill(moved_CK, -1),
+        logps_CK.masked_fill(moved_CK, -math.inf),
+        torch.logaddexp(mass_C, moved_logps_CK.logsumexp(dim=1)),
+        torch.logaddexp(half_C, (moved_logps_CK / 2).logsumexp(dim=1)),
+    )
+
+
+def largest(x_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and ids of the k largest of each row.
 
     On a CPU topk over a whole vocabulary costs more than everything else here. The k largest lie in the k blocks with

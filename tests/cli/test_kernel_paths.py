@@ -33,7 +33,7 @@ def test_the_table_names_every_operation_with_its_reason(capsys):
     assert main(["kernels", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for path in paths_on(torch.device("cpu")):
-        line = next(line for line in out.splitlines() if line.startswith(path.operation))
+        line = next(line for line in out.splitlines() if line.split()[:1] == [path.operation])
         assert path.path in line
         assert line.endswith(path.reason)
 

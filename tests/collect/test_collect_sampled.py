@@ -103,3 +103,14 @@ def test_neither_chunks_nor_batches_decide_what_is_drawn(name: str) -> None:
             own = [column[i] for column in columns]
             targets = reduced_targets(codec, own, input_ids=text, keep_mask=keep_masks[i])
             require_same(targets, codec.targets_from_logits(logits[i], text, keep_masks[i]), f"text {i}")
+
+
+@pytest.mark.parametrize("name", ["varopt", "rskd"])
+@pytest.mark.parametrize("fault", [np.nan, np.inf])
+def test_logits_that_are_no_distribution_are_refused(name: str, fault: float) -> None:
+    codec = logitstore.make_codec(name, vocab_size=60)
+    logits_nV = torch.zeros(4, 60)
+    logits_nV[2, 7] = fault
+    reduce = reduction_for(codec, [np.arange(5, dtype=np.int32)], [None])
+    with pytest.raises(ValueError, match="logits of row 2 have NaN, \\+inf or no finite value"):
+        reduce(logits_nV)

@@ -1,7 +1,11 @@
 """Random teachers and students for the loss tests, and the loss worked out row by row in numpy float64."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +170,27 @@ def value_and_gradient_of(loss_function, leaf, *args, **kwargs):
 @pytest.fixture(scope="session")
 def value_and_gradient():
     return value_and_gradient_of
+
+
+def run_two_processes(worker: Path, meeting_file: Path) -> None:
+    """Run the script once per rank of a group of two, and fail with what it printed unless both leave with 0."""
+    command = [sys.executable, str(worker), str(meeting_file)]
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} for rank in range(2)]
+    running = [
+        subprocess.Popen(command, env=os.environ | rank, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in ranks
+    ]
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(printed)
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    return run_two_processes
 
 
 @pytest.fixture

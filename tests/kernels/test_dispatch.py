@@ -2,6 +2,7 @@
 
 import re
 
+import logitstore_kernels
 import pytest
 import torch
 from logitstore_kernels import distillation_loss
@@ -56,9 +57,12 @@ def test_entries_are_counted_only_where_the_teacher_is_read(triton_interpreter, 
 
 
 def test_every_operation_says_its_path_and_why(triton_interpreter):
-    on_cuda = {path.operation: path for path in paths_on(torch.device("cuda"))}
-    on_mps = {path.operation: path for path in paths_on(torch.device("mps"))}
-    assert on_cuda["distillation_loss"].path == "triton"
-    assert on_mps["distillation_loss"].path == "pytorch"
-    assert "on mps" in on_mps["distillation_loss"].reason
+    operations = {name for name in logitstore_kernels.__all__ if name[0].islower() and not name.endswith("_parts")}
+    on_cuda, on_mps = ({path.operation: path for path in paths_on(torch.device(device))} for device in ("cuda", "mps"))
+    assert set(on_cuda) == set(on_mps) == operations
+    for name in ("distillation_loss", "fused_linear_distillation_loss"):
+        assert on_cuda[name].path == "triton"
+        assert on_mps[name].path == "pytorch"
+        assert "on mps" in on_mps[name].reason
+    assert all(path.reason for path in on_cuda.values())
     assert "interpreter" in paths_on(torch.device("cpu"))[0].reason

@@ -332,4 +332,6 @@ def test_zeroing_uncounted_rows_equals_leaving_them_out(case_factory, tail):
         rows.loss_N.sum().backward()
         results.append((rows.loss_N.detach(), rows.kl_N, rows.ce_N, leaf.grad))
     for left_out, zeroed in zip(*results, strict=True):
-        assert torch.equal(left_out, zeroed)
+        # A dense tail is a matrix product, which may round a row differently beside other rows.
+        torch.testing.assert_close(left_out, zeroed, rtol=1e-13 if tail == "dense" else 0, atol=0)
+        assert (zeroed[[0, 3]] == 0).all()

@@ -86,6 +86,28 @@ def test_a_tail_of_1e_minus_30_keeps_its_digits():
     torch.testing.assert_close(kept.tail_logmoment_half_N.double(), half_N, rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("k", [1, 16, 1003])
+@pytest.mark.parametrize("min_prob", [0.9, 0.02, 1e-3])
+def test_entries_below_a_probability_belong_to_the_tail(k, min_prob):
+    logits_NV = logits_of(40, 1003)
+    logits_NV[0] = 0.0  # nothing reaches the probability, and the first entry stays
+    kept, all_k = topk_with_tail(logits_NV, k, min_prob=min_prob), topk_with_tail(logits_NV, k)
+    entry_NK = kept.ids_NK >= 0
+    expected_NK = all_k.logps_NK.double().exp() >= min_prob
+    expected_NK[:, 0] = True
+    assert torch.equal(entry_NK, expected_NK)
+    assert torch.equal(kept.ids_NK, all_k.ids_NK.masked_fill(~expected_NK, -1))
+    assert torch.equal(kept.logps_NK, all_k.logps_NK.masked_fill(~expected_NK, -math.inf))
+    logp_NV = logits_NV.double().log_softmax(dim=1)
+    for row in range(40):
+        tail = torch.ones(1003, dtype=torch.bool)
+        tail[kept.ids_NK[row][entry_NK[row]].long()] = False
+        tail_logp = logp_NV[row][tail]
+        torch.testing.assert_close(kept.tail_logmass_N[row].double(), tail_logp.logsumexp(0), rtol=3e-7, atol=1e-6)
+        half = (tail_logp / 2).logsumexp(0)
+        torch.testing.assert_close(kept.tail_logmoment_half_N[row].double(), half, rtol=3e-7, atol=1e-6)
+
+
 def test_a_shift_of_the_logits_changes_nothing():
     logits_NV = (logits_of(4, 257) * 64).round() / 64  # so that adding 512 is exact
     for got, expected in zip(topk_with_tail(logits_NV + 512, 9), topk_with_tail(logits_NV, 9), strict=True):
@@ -137,6 +159,8 @@ def test_nothing_is_read_by_the_host():
         ((torch.zeros(2, 3), 1), {"vocab_size": 4}, ValueError, "logits_NV has 3 columns, fewer than vocab_size=4"),
         ((torch.zeros(2, 3), 1), {"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
         ((torch.zeros(2, 3), 1), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),
+        ((torch.zeros(2, 3), 1), {"min_prob": 0.0}, ValueError, r"min_prob must be in \(0, 1\), got 0\.0"),
+        ((torch.zeros(2, 3), 1), {"min_prob": "0.1"}, TypeError, "min_prob must be a number or None, got str"),
     ],
 )  # fmt: skip
 def test_what_is_refused(args, options, error, message):

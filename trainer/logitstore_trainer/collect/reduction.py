@@ -1,8 +1,8 @@
-"""From chunks of the teacher's logits to what a codec keeps: the top k on the teacher's device, samples on the CPU.
+"""From chunks of the teacher's logits to what a codec keeps: the top k and varopt's samples on the teacher's device.
 
-Samplers run in numpy: a chunk's logits are moved to the CPU a few MiB at a time, which costs 1 to 3 ms a row at a
-vocabulary of 50,000 on one core. Their uniforms depend on the text alone (logitstore/sampling.py), so that neither the
-batches nor the device decide what is drawn, and a sampler on the device could take the same ones.
+rskd's samples are drawn in numpy, for which a chunk's logits are moved to the CPU a few MiB at a time; so are varopt's
+on a device without float64. Uniforms depend on the text alone (logitstore/sampling.py), so that neither the batches nor
+the device decide what is drawn.
 
 Letters: N kept rows of a batch, n rows of a chunk, U uniforms a row, V columns of the head.
 """
@@ -12,12 +12,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from logitstore_kernels import topk_with_tail
+from logitstore_kernels import SampledRows, topk_with_tail, varopt_sample
 
 from logitstore import TeacherTargets
 from logitstore.codecs.checks import require_tables
 from logitstore.codecs.interface import Codec
 from logitstore.codecs.sampled import SampledCodec
+from logitstore.codecs.varopt import VarOptCodec
 from logitstore_trainer.collect.forward import Reduce
 
 
@@ -61,5 +62,20 @@ class _Sampler:
     def __call__(self, logits_nV: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = slice(self._n_drawn, self._n_drawn + len(logits_nV))
         self._n_drawn = rows.stop
+        if isinstance(self._codec, VarOptCodec) and logits_nV.device.type != "mps":
+            return _varopt_on_device(self._codec, logits_nV, torch.from_numpy(self._uniforms_NU[rows, 0]))
         samples = self._codec.sample_rows(logits_nV, np.arange(len(logits_nV)), self._uniforms_NU[rows])
         return tuple(torch.from_numpy(column) for column in samples)
+
+
+def _varopt_on_device(codec: VarOptCodec, logits_nV: torch.Tensor, uniforms_n: torch.Tensor) -> SampledRows:
+    """What codec.sample_rows returns, drawn where the logits are; ValueError for logits that are no distribution."""
+    samples = varopt_sample(
+        logits_nV, codec.k, uniforms_n.to(logits_nV.device), max_weight=codec.max_weight, vocab_size=codec.vocab_size
+    )
+    unusable = samples.logweights_NK.isnan().any(dim=1).nonzero()[:, 0]
+    if len(unusable):
+        raise ValueError(
+            f"logits of row {int(unusable[0])} have NaN, +inf or no finite value; a distribution needs one"
+        )
+    return samples
