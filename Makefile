@@ -4,13 +4,16 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/.ready
 OUT ?= logitstore-demo
+# The kernels are tested with these as well as with the pinned Triton. The interpreter of 3.6 needs a numpy of its time.
+OTHER_TRITONS := 3.6.0 3.9.0
+NUMPY_OF_3.6.0 := numpy==2.2.6
 
 .PHONY: help setup demo test test-all bench real lint format clean
 
 help:
 	@echo "make demo    the whole pipeline on text that comes with Python; writes $(OUT)/report.html"
 	@echo "make test    the test suite"
-	@echo "make test-all  the suite with every case of its grids"
+	@echo "make test-all  the suite with every case of its grids, and the kernels with Triton $(OTHER_TRITONS)"
 	@echo "make bench   speed and memory benchmarks (pytest-benchmark)"
 	@echo "make real    the whole line on a real 135M teacher: fetches 93 MB, takes up to 20 minutes"
 	@echo "make lint    ruff"
@@ -31,8 +34,16 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest tests
 
-test-all: $(READY)
+test-all: $(READY) $(OTHER_TRITONS:%=.tritons/%)
 	$(RUN) -m pytest tests -m ''
+	@set -e; for triton in $(OTHER_TRITONS); do \
+		echo "Triton $$triton"; \
+		PYTHONPATH=.tritons/$$triton $(RUN) -m pytest -q tests/kernels/test_triton_*.py tests/kernels/test_compile_gate.py; \
+	done
+
+.tritons/%: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$* $(NUMPY_OF_$*)
+	@touch $@
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --benchmark-only
@@ -49,4 +60,4 @@ format: $(READY)
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf .venv logitstore-demo logitstore-real build *.egg-info
+	rm -rf .venv .tritons logitstore-demo logitstore-real build *.egg-info

@@ -46,7 +46,7 @@ def loss_rows(
     expected_upstream: what a row's loss is going to be multiplied with, 0 axes or [N]; whatever it is, the gradient is
     right, and if it is right nothing is computed twice.
     """
-    if why_not_the_kernel(logits_NW, teacher) is None:
+    if why_not_the_kernel(logits_NW, teacher, terms) is None:
         from logitstore_kernels.triton_function import triton_loss_rows
 
         return triton_loss_rows(
@@ -60,14 +60,14 @@ def loss_rows(
     )
 
 
-def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch) -> str | None:
+def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch, terms: LossTerms) -> str | None:
     """Why the Triton kernel does not take these logits, or None if it does."""
     refusal = why_no_triton(logits_NW.device)
     if refusal is not None:
         return refusal
     if logits_NW.dtype not in KERNEL_DTYPES:
         return f"the kernel computes in float32, and the logits are {logits_NW.dtype}"
-    if teacher.ids_NK.shape[1] > MAX_KERNEL_SLOTS:
+    if terms.kl_wanted and teacher.ids_NK.shape[1] > MAX_KERNEL_SLOTS:
         return f"the teacher has {teacher.ids_NK.shape[1]} entries a row, above the kernel's {MAX_KERNEL_SLOTS}"
     if logits_NW.shape[0] and (logits_NW.stride(1) != 1 or logits_NW.stride(0) < logits_NW.shape[1]):
         return f"the kernel needs whole rows of neighbouring elements, and the strides are {logits_NW.stride()}"
@@ -88,13 +88,6 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def best_device() -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def paths_on(device: torch.device) -> list[OperationPath]:
     """The path of every operation for tensors on `device`, of the dtypes and shapes that the kernels are made for."""
     refusal = why_no_triton(device)
@@ -102,5 +95,12 @@ def paths_on(device: torch.device) -> list[OperationPath]:
     if refusal is None:
         how = "Triton's interpreter, on the CPU and slowly" if device.type == "cpu" else "Triton, compiled at first use"
         path, reason = "triton", f"{how}; float64 logits go through row chunks of plain PyTorch"
-    topk = "torch.topk and reductions over row chunks; there is no kernel for it"
-    return [OperationPath("distillation_loss", path, reason), OperationPath("topk_with_tail", "pytorch", topk)]
+    no_kernel = "row chunks of plain PyTorch: there is no kernel for it"
+    return [
+        OperationPath("distillation_loss", path, reason),
+        OperationPath("fused_linear_distillation_loss", path, f"matrix products of torch, and between them: {reason}"),
+        OperationPath("vocab_parallel_distillation_loss", "pytorch", no_kernel),
+        OperationPath("topk_with_tail", "pytorch", no_kernel),
+        OperationPath("topk_with_tail_linear", "pytorch", no_kernel),
+        OperationPath("varopt_sample", "pytorch", no_kernel),
+    ]

@@ -82,9 +82,10 @@ def distillation_loss(
         "mean" does not know them (num_items_in_batch=row_weights_N.sum() makes it a weighted mean). A row of weight 0
         has a gradient of exactly 0.
 
-    Computes in float32 (float64 for float64 logits). The last four arguments are fast in the Triton kernel alone. The
-    gradient has the logits' dtype and cannot be differentiated
-    again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device.
+    Computes in float32 (float64 for float64 logits). The gradient has the logits' dtype and cannot be differentiated
+    again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device. Label smoothing,
+    z-loss and softcap are slower where there is no kernel (chunked_reference.py). Under torch.compile inplace is left
+    to the compiler.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
     t.vocab_size, a temperature other than 1 with "sampled" or without t.tail_logmoment_half_N (neither at alpha 0, the
@@ -119,8 +120,7 @@ def distillation_loss_parts(
     kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats, label smoothing and
     z-loss included where they are asked for. Both are reduced as the loss is (mean or sum over the same rows with the
     same denominator, or [N] for "none"), come from the same pass, are detached and stay on the device: read them when
-    you log. Both are computed even where their weight is 0, so the
-    half moment is needed at alpha 0, too.
+    you log. Both are computed even where their weight is 0, so the half moment is needed at alpha 0, too.
     """
     terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap)
     return _loss_parts(

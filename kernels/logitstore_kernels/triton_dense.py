@@ -380,10 +380,11 @@ def finish_rows_kernel(
                 write_label = label_inside & (tl.sum(is_label_K.to(tl.int32), axis=0) == 0)
                 gradient_K = tl.where(is_label_K, gradient_K - label_gradient, gradient_K)
                 r = tl.arange(0, COEFS)
-                used = (r < n_coefs) & (label_inside & (logt_tail > NEG_INF))
+                used = r < tl.where(t_tail > 0, n_coefs, 0)  # coefficients of a row without a tail may be anything
+                safe_label = tl.where(label_inside, label, 0)
                 coefs_r = tl.load(coefs_ptr + row * n_coefs + r, mask=used, other=0.0).to(tl.float32)
-                basis_r = tl.load(basis_ptr + label * n_coefs + r, mask=used, other=0.0).to(tl.float32)
-                bias = tl.load(bias_ptr + label, mask=label_inside, other=0.0).to(tl.float32)
+                basis_r = tl.load(basis_ptr + safe_label * n_coefs + r, mask=used, other=0.0).to(tl.float32)
+                bias = tl.load(bias_ptr + safe_label).to(tl.float32)
                 g = (tl.sum(coefs_r * basis_r, axis=0) + bias) * beta
                 t_label = tl.where(t_tail == 0, 0.0, tl.exp(tl.minimum(logt_tail + g - shape_lse, 0.0)))
                 at_label = (tl.exp(label_x * beta - lse_T) - t_label) * kl_scale

@@ -62,8 +62,11 @@ def dense_variant_of(
     in_place: bool,
     codes: bool,
     numbers: bool,
+    even: bool,
     precision: str,
 ) -> DenseVariant:
+    """The variant that computes `terms`; even: whether the row stride and the vocabulary are multiples of 16, so that
+    accesses are wide. What addresses elements one by one keeps more of a tile in registers, so its tile is smaller."""
     two = terms.ce_wanted and terms.temperature != 1
     return DenseVariant(
         CE=terms.ce_wanted,
@@ -78,8 +81,8 @@ def dense_variant_of(
         SLOTS=triton.next_power_of_2(max(n_slots, 1)),
         COEFS=triton.next_power_of_2(n_coefs),
         PRECISION=precision,
-        M=64,
-        BLOCK=64,
+        M=64 if even else 32,
+        BLOCK=64 if even else 32,
         BLOCK_R=32,
     )
 
@@ -140,7 +143,7 @@ def _launch_rows(
     variant = dense_variant_of(
         terms, n_slots=n_slots, n_coefs=n_coefs, gradient=gradient,
         in_place=work_NW.data_ptr() == logits_NW.data_ptr(), codes=teacher.table_256 is not None,
-        numbers=teacher.scale_N is not None,
+        numbers=teacher.scale_N is not None, even=work_NW.stride(0) % 16 == vocab_size % 16 == 0,
         precision="tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     )  # fmt: skip
     head_NK = logits_NW.new_empty(n_rows, n_slots, dtype=torch.float32)

@@ -82,8 +82,8 @@ class Variant:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told besides: so many warps that a thread holds at least 16 elements of a tile."""
-        return {"num_warps": max(1, min(self.BLOCK // (32 * 16), _MAX_WARPS)), "maxnreg": _MAX_REGISTERS}
+        """What the compiler is told besides: so many warps that a thread holds at least 8 elements of a tile."""
+        return {"num_warps": max(1, min(self.BLOCK // (32 * 8), _MAX_WARPS)), "maxnreg": _MAX_REGISTERS}
 
     @property
     def needs_scratch(self) -> bool:

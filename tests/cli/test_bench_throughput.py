@@ -50,7 +50,7 @@ def test_rows_and_bytes_of_each_stage(store_path, tmp_path, capsys):
     blob_bytes = sum(len(store.read_stored(i)[0].blob) for i in counted)
     stored_bytes = blob_bytes + sum(4 * LENGTHS[i] + math.ceil(LENGTHS[i] / 8) for i in counted)
     slots = 3 * 12 * 3  # batches are padded to 12 tokens each
-    batch_bytes = slots * (3 * 8 + 4 * 8 + 2 * 4)  # three int64 columns, four entries of 8 bytes, two moments
+    batch_bytes = slots * (3 * 8 + 4 * 5 + 4 * 4)  # three int64 columns, four entries of 5 bytes, four row numbers
     per_row = {name: row["bytes_per_s"] / row["tokens_per_s"] * n_present for name, row in results.items()}
     assert per_row["read"] == pytest.approx(stored_bytes)
     assert per_row["decode"] == pytest.approx(blob_bytes)

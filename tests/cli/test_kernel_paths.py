@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from logitstore_kernels.dispatch import paths_on, why_not_the_kernel
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_trainer.cli import main
 
@@ -13,7 +14,7 @@ def path_of_a_call() -> str:
     teacher = TeacherBatch.from_topk(
         torch.tensor([[3]]), torch.tensor([[-1.0]]), torch.tensor([-0.5]), torch.tensor([0.1]), vocab_size=64
     )
-    refusal = why_not_the_kernel(torch.zeros(1, 64), teacher)
+    refusal = why_not_the_kernel(torch.zeros(1, 64), teacher, LossTerms(2.0, 0.7, "bucket", True, True))
     return "triton" if refusal is None else "pytorch"
 
 
@@ -32,7 +33,7 @@ def test_the_table_names_every_operation_with_its_reason(capsys):
     assert main(["kernels", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for path in paths_on(torch.device("cpu")):
-        line = next(line for line in out.splitlines() if line.startswith(path.operation))
+        line = next(line for line in out.splitlines() if line.split()[:1] == [path.operation])
         assert path.path in line
         assert line.endswith(path.reason)
 

@@ -75,11 +75,11 @@ def dense_builds(
     terms: LossTerms, dtype: str, basis: str, vocab_size: int, *, gradient: str, precision: str = "tf32x3"
 ) -> Iterator[Build]:
     """The three kernels of a dense tail with 128 coefficients."""
+    even = vocab_size % 16 == 0
     variant = dense_variant_of(
         terms, n_slots=K, n_coefs=128, gradient=gradient != "none", in_place=gradient == "in place", codes=True,
-        numbers=True, precision=precision,
+        numbers=True, even=even, precision=precision,
     )  # fmt: skip
-    even = vocab_size % 16 == 0
     for kernel in (mark_rows_kernel, dense_rows_kernel, finish_rows_kernel):
         arguments = variant.of(kernel)
         options = BLOCK_OPTIONS

@@ -137,7 +137,7 @@ def test_the_triton_kernel_between_the_products(case_factory, triton_interpreter
     dense = case.teacher.dense_tail
     teacher = coded_teacher(case.teacher).with_dense_tail(dense.coefs_Nr, dense.basis_Vr, dense.bias_V)
     head = head_of(dtype=torch.float32, extra=2)
-    assert why_not_the_kernel(head[0].new_empty(N, V), teacher) is None
+    assert why_not_the_kernel(head[0].new_empty(N, V), teacher, LossTerms(2.0, 0.7, tail, True, True)) is None
     exact = tuple(x.detach().double().requires_grad_() for x in head)
     options = {"row_weights_N": torch.linspace(-1, 2, N)} if weighted else {}
     args = (teacher, case.labels_N, 2.0, 0.7, tail, -100, reduction)
