@@ -40,4 +40,4 @@ def test_the_table_names_every_operation_with_its_reason(capsys):
 
 def test_a_device_that_is_not_there_is_one_line(capsys):
     assert main(["kernels", "--device", "abacus"]) == 2
-    assert "device 'abacus' cannot be used here" in capsys.readouterr().err
+    assert "--device is 'abacus', expected auto, cpu, cuda, cuda:N or mps" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
-from logitstore_trainer.bench.devices import pick_device
+from logitstore_trainer.devices import choose_device
 from logitstore_trainer.report import format_table
 
 EPILOG = """\
@@ -19,7 +19,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `logitstore kernels`."""
     parser.epilog = EPILOG
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto, the fastest there is)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def kernel_facts(device_name: str | None) -> dict[str, Any]:
+def kernel_facts(device_name: str) -> dict[str, Any]:
     """device, versions of torch and triton (None where it is absent), and operation, path and reason of each one."""
     import torch
     from logitstore_kernels.dispatch import paths_on
 
-    device = pick_device(device_name)
+    device = choose_device(device_name)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "device": f"{device} ({name})" if name else str(device),
