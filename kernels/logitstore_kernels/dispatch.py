@@ -1,4 +1,4 @@
-"""Which path computes a loss: the Triton kernel where it can, else row chunks in plain PyTorch. Decided here alone.
+"""Which path computes a loss or a reduction: Triton where it can, else row chunks of plain PyTorch. Decided here alone.
 
 The kernel takes float16, bfloat16 and float32 logits on CUDA where Triton is installed. With Triton's own switch
 TRITON_INTERPRET=1 set before Triton is imported, its interpreter runs the kernel on CPU tensors, slowly: for tests.
@@ -74,6 +74,22 @@ def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch, terms: LossTerm
     return None
 
 
+def why_not_the_topk_kernel(logits_NW: Tensor, k: int, vocab_size: int) -> str | None:
+    """Why the Triton kernel does not take the k largest of these logits, or None if it does."""
+    refusal = why_no_triton(logits_NW.device)
+    if refusal is not None:
+        return refusal
+    if logits_NW.dtype not in KERNEL_DTYPES:
+        return f"the kernel computes in float32, and the logits are {logits_NW.dtype}"
+    if logits_NW.shape[0] and logits_NW.stride(1) != 1:
+        return f"the kernel needs rows of neighbouring elements, and the strides are {logits_NW.stride()}"
+    from logitstore_kernels.triton_topk import fits_topk
+
+    if not fits_topk(vocab_size, k):
+        return f"k = {k} of {vocab_size} is more than one program holds"
+    return None
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """Why nothing on this device can be computed with Triton, or None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -92,15 +108,17 @@ def paths_on(device: torch.device) -> list[OperationPath]:
     """The path of every operation for tensors on `device`, of the dtypes and shapes that the kernels are made for."""
     refusal = why_no_triton(device)
     path, reason = "pytorch", f"row chunks of plain PyTorch: {refusal}"
+    topk_reason = reason
     if refusal is None:
         how = "Triton's interpreter, on the CPU and slowly" if device.type == "cpu" else "Triton, compiled at first use"
         path, reason = "triton", f"{how}; float64 logits go through row chunks of plain PyTorch"
+        topk_reason = f"{how}; float64 logits and a k above 127 over a large vocabulary go through plain PyTorch"
     no_kernel = "row chunks of plain PyTorch: there is no kernel for it"
     return [
         OperationPath("distillation_loss", path, reason),
         OperationPath("fused_linear_distillation_loss", path, f"matrix products of torch, and between them: {reason}"),
         OperationPath("vocab_parallel_distillation_loss", "pytorch", no_kernel),
-        OperationPath("topk_with_tail", "pytorch", no_kernel),
-        OperationPath("topk_with_tail_linear", "pytorch", no_kernel),
+        OperationPath("topk_with_tail", path, topk_reason),
+        OperationPath("topk_with_tail_linear", path, f"matrix products of torch, and between them: {topk_reason}"),
         OperationPath("varopt_sample", "pytorch", no_kernel),
     ]

@@ -1,7 +1,8 @@
 """topk_with_tail: a teacher's k most probable tokens and the two moments of all others, where the logits are.
 
-The numpy twin is in logitstore/topk.py; a test holds the two equal. Works over row chunks, so that beside the logits
-only one chunk's buffer lives. The moments are log-sum-exps over the complement of the head, each relative to its own
+On CUDA a Triton kernel reads the logits where they are (triton_topk.py, chosen by dispatch.py). Elsewhere plain PyTorch
+works over row chunks, so that beside the logits only one chunk's buffer lives. The numpy twin is in logitstore/topk.py;
+a test holds the two equal. The moments are log-sum-exps over the complement of the head, each relative to its own
 peak: never 1 - sum, so a tail of 1e-30 keeps its digits.
 
 Letters: N rows, C rows of a chunk, K entries kept, V vocabulary, W logits columns (W >= V).
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logitstore_kernels.dispatch import why_not_the_topk_kernel
 from logitstore_kernels.row_chunks import rows_per_chunk
 
 _BLOCK = 32
@@ -63,10 +65,17 @@ def topk_with_tail(
         torch.empty(n_rows, dtype=torch.float32, device=device),
     )
     dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    chunk_rows = chunk_rows or rows_per_chunk(dtype.itemsize * width, device)
+    by_kernel = why_not_the_topk_kernel(logits_NV, k, vocab_size) is None
+    if chunk_rows is None:
+        chunk_rows = max(n_rows, 1) if by_kernel else rows_per_chunk(dtype.itemsize * width, device)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
-        kept = _topk_chunk(logits_NV[rows, :vocab_size].to(dtype), k)
+        if by_kernel:
+            from logitstore_kernels.triton_topk import launch_topk
+
+            kept = TopKWithTail(*launch_topk(logits_NV[rows], k, vocab_size=vocab_size))
+        else:
+            kept = _topk_chunk(logits_NV[rows, :vocab_size].to(dtype), k)
         kept = kept if min_prob is None else _unlikely_to_tail(kept, min_prob)
         for whole, part in zip(out, kept, strict=True):
             whole[rows] = part

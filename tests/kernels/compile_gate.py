@@ -1,4 +1,4 @@
-"""Compiles the variants of the loss kernels that a call can reach, for sm_90 without a GPU, and reads their SASS.
+"""Compiles the variants of the kernels that a call can reach, for sm_90 without a GPU, and reads their SASS.
 
 A script, run in a process of its own (python compile_gate.py quick | all [PART/PARTS]): Triton decides at import
 between compiler and interpreter, and the tests beside it use the interpreter. Prints one JSON row a variant with what
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 import triton.backends.nvidia
 from logitstore_kernels.loss_terms import LossTerms
@@ -25,20 +26,30 @@ from logitstore_kernels.triton_dense import dense_rows_kernel, finish_rows_kerne
 from logitstore_kernels.triton_dense_launch import BLOCK_OPTIONS, ROW_OPTIONS, ROW_TILE, dense_variant_of
 from logitstore_kernels.triton_launch import variant_of
 from logitstore_kernels.triton_loss import distillation_loss_kernel
+from logitstore_kernels.triton_topk import TOPK_OPTIONS, fits_topk, topk_constants, topk_with_tail_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEMPERATURES = (1.0, 2.0, 1.5)
 TAILS = ("bucket", "uniform", "renormalised", "dropped", "sampled")
 K = 64
 FLOATS = ("table", "scale", "offset", "logmass", "half", "upstream", "loss", "kl", "ce", "head", "row_numbers", "coefs")
-POINTERS = {"ids_ptr": "*i32", "labels_ptr": "*i64", "counted_ptr": "*u8"} | {f"{name}_ptr": "*fp32" for name in FLOATS}
-INTEGERS = ("n_rows", "vocab_size", "n_columns", "n_slots", "n_coefs", "logits_stride", "work_stride")
+POINTERS = {"ids_ptr": "*i32", "scratch_ptr": "*i32", "labels_ptr": "*i64", "counted_ptr": "*u8"} | {
+    f"{name}_ptr": "*fp32" for name in (*FLOATS, "logps", "mass")
+}
+INTEGERS = ("k", "n_rows", "vocab_size", "n_columns", "n_slots", "n_coefs", "logits_stride", "work_stride")
 KERNELS = {
     kernel.fn.__name__: kernel
-    for kernel in (distillation_loss_kernel, mark_rows_kernel, dense_rows_kernel, finish_rows_kernel)
+    for kernel in (
+        distillation_loss_kernel,
+        mark_rows_kernel,
+        dense_rows_kernel,
+        finish_rows_kernel,
+        topk_with_tail_kernel,
+    )
 }
 
 
@@ -91,6 +102,18 @@ def dense_builds(
         )  # fmt: skip
 
 
+def topk_build(dtype: str, vocab_size: int, k: int) -> Build:
+    arguments = tuple(topk_constants(vocab_size, k, TORCH_DTYPES[dtype]).items())
+    even = vocab_size % 16 == 0
+    return Build("topk_with_tail_kernel", arguments, tuple(TOPK_OPTIONS.items()), dtype, "none", even, even)
+
+
+def all_topk_builds() -> Iterator[tuple[int, Build]]:
+    for vocab_size, dtype, k in itertools.product((*VOCABULARIES, 50_257, 1000), ELEMENT_BYTES, (1, 64, 127)):
+        if fits_topk(vocab_size, k):
+            yield vocab_size, topk_build(dtype, vocab_size, k)
+
+
 def terms_that_differ() -> Iterator[LossTerms]:
     """Both terms, the KL alone and the cross-entropy alone, at every kind of temperature, for every tail."""
     for tail, temperature in itertools.product(TAILS, TEMPERATURES):
@@ -119,6 +142,7 @@ def all_builds() -> Iterator[tuple[int, Build]]:
                 build(terms, dtype, vocab_size, gradient="in place", head="codes and numbers", even_rows=even_rows),
             )
     yield from all_dense_builds()
+    yield from all_topk_builds()
 
 
 def all_dense_builds() -> Iterator[tuple[int, Build]]:
@@ -155,6 +179,8 @@ def quick_builds() -> Iterator[tuple[int, Build]]:
     dense = LossTerms(1.5, 0.7, "dense", True, True, softcap=30.0)
     for item in dense_builds(dense, "bf16", "fp32", 128_256, gradient="in place"):
         yield 128_256, item
+    for dtype, vocab_size, k in (("bf16", 128_256, 64), ("fp32", 151_936, 127)):
+        yield vocab_size, topk_build(dtype, vocab_size, k)
 
 
 def compiled(item: Build) -> dict[str, int]:

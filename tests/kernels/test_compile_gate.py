@@ -1,4 +1,4 @@
-"""Every variant of the loss kernels compiles for sm_90 without a stack and with 128-bit loads; no GPU is needed."""
+"""Every variant of the kernels compiles for sm_90 without a stack and with 128-bit loads; no GPU is needed."""
 
 import json
 import platform
@@ -28,9 +28,9 @@ def check(rows: list[dict]) -> None:
         assert row["stack_bytes"] == 0, row
         assert row["local_loads"] == 0, row
         assert row["registers"] > 0, row
-        if row["even_rows"] and row["kernel"] in ("distillation_loss_kernel", "dense_rows_kernel"):
+        if row["even_rows"] and row["kernel"] not in ("mark_rows_kernel", "finish_rows_kernel"):
             assert row["wide_loads"] > 0, row
-            assert row["wide_stores"] > 0 or not row["variant"]["GRADIENT"], row
+            assert row["wide_stores"] > 0 or not row["variant"].get("GRADIENT"), row
 
 
 def test_a_part_of_the_grid():
@@ -41,6 +41,7 @@ def test_a_part_of_the_grid():
     }  # fmt: skip
     assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
     assert any(not row["even_rows"] for row in rows)
+    assert sum(row["kernel"] == "topk_with_tail_kernel" for row in rows) == 2
 
 
 @pytest.mark.full_grid
