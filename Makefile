@@ -10,7 +10,7 @@ OUT ?= logitstore-demo
 help:
 	@echo "make demo    the whole pipeline on text that comes with Python; writes $(OUT)/report.html"
 	@echo "make test    the test suite"
-	@echo "make test-all  the suite with every case of its grids"
+	@echo "make test-all  the suite with every case of its grids and every framework that has a plug-in"
 	@echo "make bench   speed and memory benchmarks (pytest-benchmark)"
 	@echo "make real    the whole line on a real 135M teacher: fetches 93 MB, takes up to 20 minutes"
 	@echo "make lint    ruff"
@@ -32,6 +32,7 @@ test: $(READY)
 	$(RUN) -m pytest tests
 
 test-all: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,plugins]'
 	$(RUN) -m pytest tests -m ''
 
 bench: $(READY)
