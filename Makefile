@@ -13,7 +13,7 @@ NUMPY_OF_3.6.0 := numpy==2.2.6
 help:
 	@echo "make demo    the whole pipeline on text that comes with Python; writes $(OUT)/report.html"
 	@echo "make test    the test suite"
-	@echo "make test-all  the suite with every case of its grids, and the kernels with Triton $(OTHER_TRITONS)"
+	@echo "make test-all  every case of the grids, every framework with a plug-in, the kernels with Triton $(OTHER_TRITONS)"
 	@echo "make bench   speed and memory benchmarks (pytest-benchmark)"
 	@echo "make real    the whole line on a real 135M teacher: fetches 93 MB, takes up to 20 minutes"
 	@echo "make lint    ruff"
@@ -35,6 +35,7 @@ test: $(READY)
 	$(RUN) -m pytest tests
 
 test-all: $(READY) $(OTHER_TRITONS:%=.tritons/%)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,plugins]'
 	$(RUN) -m pytest tests -m ''
 	@set -e; for triton in $(OTHER_TRITONS); do \
 		echo "Triton $$triton"; \

@@ -45,7 +45,7 @@ def test_the_plug_in_example_is_the_file_that_a_test_runs() -> None:
 
 
 def test_links_lead_to_files() -> None:
-    for name in ("README.md", "docs/two-steps.md", "docs/scale.md", "FORMAT.md", "CHANGELOG.md"):
+    for name in ("README.md", "docs/two-steps.md", "docs/scale.md", "docs/launch.md", "FORMAT.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"

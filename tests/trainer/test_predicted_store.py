@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from logitstore_kernels import distillation_loss
-from logitstore_trainer import TeacherDecoder, collate
+from logitstore_trainer import TeacherDecoder, collate, distill
 from logitstore_trainer.collator import next_token_labels
 from logitstore_trainer.decoder import default_tail
 from made_up_teacher import SETTINGS, V, teacher_samples
+from transformers import Trainer, TrainingArguments
 
 import logitstore
 from logitstore.fit_codec import fitted_on_rows
@@ -75,3 +76,10 @@ def test_the_model_travels_with_the_decoder_and_not_with_checkpoints(store: logi
     moved = decoder.to("meta")
     assert all(buffer.device.type == "meta" for buffer in moved.buffers())
     assert len(list(moved.buffers())) > 10
+
+
+def test_the_hook_refuses_a_store_whose_decoder_needs_the_tokens(store: logitstore.LogitStore, new_student, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(new_student(2, vocab_size=V), args, train_dataset=store)
+    with pytest.raises(ValueError, match=r"does not see the tokens.*DistillationTrainer"):
+        distill(trainer, temperature=1.0)

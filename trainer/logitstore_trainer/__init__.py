@@ -9,16 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from logitstore_trainer.batch_loss import DistillationLoss, OptimizerSteps
     from logitstore_trainer.collator import collate
     from logitstore_trainer.decoder import TeacherDecoder
-    from logitstore_trainer.hf_trainer import DistillationTrainer
+    from logitstore_trainer.hf_trainer import DistillationMixin, DistillationTrainer
+    from logitstore_trainer.loss_hook import distill
 
-__all__ = ["DistillationTrainer", "TeacherDecoder", "collate"]
+__all__ = [
+    "DistillationLoss",
+    "DistillationMixin",
+    "DistillationTrainer",
+    "OptimizerSteps",
+    "TeacherDecoder",
+    "collate",
+    "distill",
+]
 
 _HOME = {
     "collate": "logitstore_trainer.collator",
     "TeacherDecoder": "logitstore_trainer.decoder",
     "DistillationTrainer": "logitstore_trainer.hf_trainer",
+    "DistillationMixin": "logitstore_trainer.hf_trainer",
+    "DistillationLoss": "logitstore_trainer.batch_loss",
+    "OptimizerSteps": "logitstore_trainer.batch_loss",
+    "distill": "logitstore_trainer.loss_hook",
 }
 
 

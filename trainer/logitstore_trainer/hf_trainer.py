@@ -69,7 +69,7 @@ class DistillationMixin:
             given["data_collator"] = partial(collate, pad_token_id=_pad_token_id(tokenizer))
         self.temperature, self.alpha, self.tail = temperature, alpha, fitting_tail(decoder, tail, temperature)
         self._train_parts, self._eval_parts = _Sums(), _Sums()
-        self._parts_since_step = 0
+        self._parts_since_step, self._n_loss_calls = 0, 0
         self._n_tokens_seen: torch.Tensor | int = 0
         super().__init__(*bound.args, **bound.kwargs)
         check_vocabulary(decoder.spec, self.model)
@@ -88,6 +88,7 @@ class DistillationMixin:
 
         DDP averages gradients over ranks, hence the factor. Without num_items_in_batch: the mean over the batch.
         """
+        self._n_loss_calls += 1
         teacher = self.decoder(inputs)
         labels_N = next_token_labels(inputs["labels"])
         forward_inputs = {k: v for k, v in inputs.items() if k not in TEACHER_COLUMNS and k != "labels"}
@@ -114,6 +115,18 @@ class DistillationMixin:
             shares = {"loss": loss.detach(), "kl": parts.kl * n_ranks, "ce": parts.ce * n_ranks}
             self._eval_parts.add(tokens=n_items, **{k: v * n_items for k, v in shares.items()})
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's step. Raises RuntimeError if another class before the mixin computed the loss in its place."""
+        n_calls_before = self._n_loss_calls
+        loss = super().training_step(*args, **kwargs)
+        if self._n_loss_calls == n_calls_before:
+            raise RuntimeError(
+                f"the distillation loss was not called in a step of {type(self).__name__}: its compute_loss takes the "
+                "place of DistillationMixin's and would train on labels alone. Put DistillationMixin before the "
+                "Trainer class, and call super().compute_loss where you override it"
+            )
+        return loss
 
     def _denominator(self, num_items: torch.Tensor | int | None) -> tuple[torch.Tensor | int | None, int]:
         """What the sum over this process's tokens is divided by, and the ranks over which Trainer counted them."""
