@@ -1,7 +1,8 @@
 """Which path computes a loss: the Triton kernel where it can, else row chunks in plain PyTorch. Decided here alone.
 
-The kernel takes float16, bfloat16 and float32 logits on CUDA where Triton is installed. With Triton's own switch
-TRITON_INTERPRET=1 set before Triton is imported, its interpreter runs the kernel on CPU tensors, slowly: for tests.
+The kernel takes float16, bfloat16 and float32 logits on CUDA where Triton is installed, and of the divergences forward
+KL alone. With Triton's own switch TRITON_INTERPRET=1 set before Triton is imported, its interpreter runs the kernel on
+CPU tensors, slowly: for tests.
 Nothing here reads a value of a tensor.
 
 Letters: N rows, W logits columns.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from logitstore_kernels.chunked import chunked_loss_rows
 from logitstore_kernels.chunked_reference import chunked_reference_rows
+from logitstore_kernels.divergences import FORWARD_KL
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 
@@ -46,7 +48,7 @@ def loss_rows(
     expected_upstream: what a row's loss is going to be multiplied with, 0 axes or [N]; whatever it is, the gradient is
     right, and if it is right nothing is computed twice.
     """
-    if why_not_the_kernel(logits_NW, teacher) is None:
+    if why_not_the_kernel(logits_NW, teacher, terms.divergence) is None:
         from logitstore_kernels.triton_function import triton_loss_rows
 
         return triton_loss_rows(
@@ -60,11 +62,13 @@ def loss_rows(
     )
 
 
-def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch) -> str | None:
-    """Why the Triton kernel does not take these logits, or None if it does."""
+def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch, divergence: str = FORWARD_KL) -> str | None:
+    """Why the Triton kernel does not take these logits for this divergence, or None if it does."""
     refusal = why_no_triton(logits_NW.device)
     if refusal is not None:
         return refusal
+    if divergence != FORWARD_KL:
+        return f"the kernel computes forward KL, and the divergence is {divergence}"
     if logits_NW.dtype not in KERNEL_DTYPES:
         return f"the kernel computes in float32, and the logits are {logits_NW.dtype}"
     if teacher.ids_NK.shape[1] > MAX_KERNEL_SLOTS:
@@ -101,6 +105,9 @@ def paths_on(device: torch.device) -> list[OperationPath]:
     path, reason = "pytorch", f"row chunks of plain PyTorch: {refusal}"
     if refusal is None:
         how = "Triton's interpreter, on the CPU and slowly" if device.type == "cpu" else "Triton, compiled at first use"
-        path, reason = "triton", f"{how}; float64 logits go through row chunks of plain PyTorch"
+        path, reason = (
+            "triton",
+            f"{how}; float64 logits and other divergences than forward KL go through row chunks of PyTorch",
+        )
     topk = "torch.topk and reductions over row chunks; there is no kernel for it"
     return [OperationPath("distillation_loss", path, reason), OperationPath("topk_with_tail", "pytorch", topk)]

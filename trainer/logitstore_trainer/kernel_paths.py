@@ -6,7 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
-from logitstore_trainer.bench.devices import pick_device
+from logitstore_trainer.devices import choose_device
 from logitstore_trainer.report import format_table
 
 EPILOG = """\
@@ -39,7 +39,7 @@ def kernel_facts(device_name: str | None) -> dict[str, Any]:
     import torch
     from logitstore_kernels.dispatch import paths_on
 
-    device = pick_device(device_name)
+    device = choose_device(device_name or "auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "device": f"{device} ({name})" if name else str(device),

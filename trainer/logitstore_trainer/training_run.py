@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from logitstore_kernels.divergences import check_divergence_of_tail
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -47,7 +48,8 @@ def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str
 def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     out = Path(config.out)
     train_set, eval_set, store = _open_data(config)
-    fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
+    tail = fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
+    check_divergence_of_tail(config.loss, tail)
     identity = _identity(config, train_set, store)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
@@ -146,6 +148,8 @@ def _make_trainer(
         temperature=config.temperature,
         alpha=config.alpha,
         tail=config.tail,
+        divergence=config.loss,
+        jsd_beta=config.jsd_beta,
         callbacks=[checkpoints.MarkComplete(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
