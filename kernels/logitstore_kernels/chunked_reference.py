@@ -1,4 +1,6 @@
-"""The loss with label smoothing, z-loss or softcap where there is no kernel: the reference, a chunk of rows at a time.
+"""The loss with another divergence than forward KL, label smoothing, z-loss or softcap, where there is no kernel.
+
+It is the reference, a chunk of rows at a time.
 
 Each chunk is differentiated by autograd as soon as it is computed, so that what autograd keeps is a few tensors of one
 chunk. Several times slower than chunked.py, which does not know these terms.

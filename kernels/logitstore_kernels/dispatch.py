@@ -1,7 +1,8 @@
 """Which path computes a loss or a reduction: Triton where it can, else row chunks of plain PyTorch. Decided here alone.
 
-The kernel takes float16, bfloat16 and float32 logits on CUDA where Triton is installed. With Triton's own switch
-TRITON_INTERPRET=1 set before Triton is imported, its interpreter runs the kernel on CPU tensors, slowly: for tests.
+The kernel takes float16, bfloat16 and float32 logits on CUDA where Triton is installed, and of the divergences forward
+KL alone. With Triton's own switch TRITON_INTERPRET=1 set before Triton is imported, its interpreter runs the kernel on
+CPU tensors, slowly: for tests.
 Nothing here reads a value of a tensor.
 
 Letters: N rows, W logits columns.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from logitstore_kernels.chunked import chunked_loss_rows
 from logitstore_kernels.chunked_reference import chunked_reference_rows
+from logitstore_kernels.divergences import FORWARD_KL
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 
@@ -65,6 +67,8 @@ def why_not_the_kernel(logits_NW: Tensor, teacher: TeacherBatch, terms: LossTerm
     refusal = why_no_triton(logits_NW.device)
     if refusal is not None:
         return refusal
+    if terms.kl_wanted and terms.divergence != FORWARD_KL:
+        return f"the kernel computes forward KL, and the divergence is {terms.divergence}"
     if logits_NW.dtype not in KERNEL_DTYPES:
         return f"the kernel computes in float32, and the logits are {logits_NW.dtype}"
     if terms.kl_wanted and teacher.ids_NK.shape[1] > MAX_KERNEL_SLOTS:
@@ -111,7 +115,10 @@ def paths_on(device: torch.device) -> list[OperationPath]:
     topk_reason = reason
     if refusal is None:
         how = "Triton's interpreter, on the CPU and slowly" if device.type == "cpu" else "Triton, compiled at first use"
-        path, reason = "triton", f"{how}; float64 logits go through row chunks of plain PyTorch"
+        path, reason = (
+            "triton",
+            f"{how}; float64 logits and other divergences than forward KL go through row chunks of PyTorch",
+        )
         topk_reason = f"{how}; float64 logits and a k above 127 over a large vocabulary go through plain PyTorch"
     no_kernel = "row chunks of plain PyTorch: there is no kernel for it"
     return [

@@ -13,6 +13,7 @@ from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
     check_extra_terms,
+    check_reverse_kl_is_finite,
     compute_dtype,
     counted_rows,
     reduce_rows,
@@ -38,6 +39,8 @@ def distillation_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     row_weights_N: Tensor | None = None,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
 ) -> Tensor:
     """alpha * T^2 * KL(p || q) + (1 - alpha) * CE in nats, p the teacher at T, q = softmax(student_logits / T).
 
@@ -81,18 +84,27 @@ def distillation_loss(
     row_weights_N: [N] of any float dtype, finite: each row's loss is multiplied with its weight. The denominator of
         "mean" does not know them (num_items_in_batch=row_weights_N.sum() makes it a weighted mean). A row of weight 0
         has a gradient of exactly 0.
+    divergence: what stands in the KL's place, and the tails that it is defined for. p and q are over entries and tail
+        ("bucket", "renormalised") or over all tokens ("uniform", "dense").
+        "forward_kl": KL(p || q), for every tail.
+        "reverse_kl": KL(q || p), for bucket, uniform and dense; infinite where the teacher's tail has tokens, no mass.
+        "jsd": b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = jsd_beta in (0, 1); for bucket, uniform,
+            renormalised and dense.
+        "tvd": half the sum of |p - q|, for the same tails.
 
     Computes in float32 (float64 for float64 logits). The gradient has the logits' dtype and cannot be differentiated
     again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device. Label smoothing,
-    z-loss and softcap are slower where there is no kernel (chunked_reference.py). Under torch.compile inplace is left
-    to the compiler.
+    z-loss and softcap are slower where there is no kernel (chunked_reference.py); divergences other than forward KL
+    have none: row chunks under autograd compute them. Under torch.compile inplace is left to the compiler.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
     t.vocab_size, a temperature other than 1 with "sampled" or without t.tail_logmoment_half_N (neither at alpha 0, the
-    latter not for "renormalised"), a tail for which the TeacherBatch has no data, and on a CPU a label outside the
-    vocabulary.
+    latter not for "renormalised"), a tail for which the TeacherBatch has no data or the divergence is not defined, and
+    on a CPU a label outside the vocabulary or a reverse KL that is infinite.
     """
-    terms = LossTerms(temperature, alpha, tail, alpha != 0, alpha != 1, label_smoothing, z_loss, softcap)
+    terms = LossTerms(
+        temperature, alpha, tail, alpha != 0, alpha != 1, label_smoothing, z_loss, softcap, divergence, jsd_beta
+    )
     return _loss_parts(
         student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, inplace, row_weights_N
     ).loss
@@ -114,15 +126,18 @@ def distillation_loss_parts(
     z_loss: float = 0.0,
     softcap: float | None = None,
     row_weights_N: Tensor | None = None,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
 ) -> DistillationLossParts:
     """(loss, kl, ce) with loss = alpha * T^2 * kl + (1 - alpha) * ce; arguments and errors as in distillation_loss.
 
     kl is the KL at T in nats WITHOUT the factor T^2, and ce the cross-entropy at T = 1 in nats, label smoothing and
     z-loss included where they are asked for. Both are reduced as the loss is (mean or sum over the same rows with the
     same denominator, or [N] for "none"), come from the same pass, are detached and stay on the device: read them when
-    you log. Both are computed even where their weight is 0, so the half moment is needed at alpha 0, too.
+    you log. Both are computed even where their weight is 0, so the half moment is needed at alpha 0, too. With another
+    divergence than forward KL, kl is that divergence.
     """
-    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap)
+    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap, divergence, jsd_beta)
     return _loss_parts(
         student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, inplace, row_weights_N
     )
@@ -147,6 +162,7 @@ def _loss_parts(
     check_extra_terms(terms, row_weights_N, labels_N)
     terms = replace(terms, temperature=float(terms.temperature), alpha=float(terms.alpha))
     counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
+    check_reverse_kl_is_finite(teacher, terms, counted_N)
     dtype = compute_dtype(student_logits_NW)
     weight = row_weight(counted_N, reduction, num_items_in_batch, dtype, row_weights_N)
     if row_weights_N is not None:

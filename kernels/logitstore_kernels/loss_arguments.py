@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logitstore_kernels.divergences import TAILS_OF_DIVERGENCE, check_divergence_of_tail
 from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.tensor_checks import refuse_rows
@@ -76,7 +77,8 @@ def check_arguments(
 
 
 def check_extra_terms(terms: LossTerms, row_weights_N: Tensor | None, labels_N: Tensor) -> None:
-    """Raise TypeError or ValueError unless label smoothing, z-loss, softcap and row weights are what they may be."""
+    """Raise TypeError or ValueError unless divergence, label smoothing, z-loss, softcap and row weights may be used."""
+    _check_divergence(terms)
     for name in ("label_smoothing", "z_loss", "softcap"):
         value = getattr(terms, name)
         if value is None and name == "softcap":
@@ -106,6 +108,32 @@ def check_extra_terms(terms: LossTerms, row_weights_N: Tensor | None, labels_N: 
         raise ValueError("row_weights_N requires a gradient, which the loss does not have for it; pass .detach()")
     if _values_can_be_read(row_weights_N):
         refuse_rows(~row_weights_N.isfinite(), "a row weight that is not finite", row_weights_N)
+
+
+def _check_divergence(terms: LossTerms) -> None:
+    if terms.divergence not in TAILS_OF_DIVERGENCE:
+        raise ValueError(f"divergence must be one of {', '.join(TAILS_OF_DIVERGENCE)}, got {terms.divergence!r}")
+    if not isinstance(terms.jsd_beta, numbers.Real) or isinstance(terms.jsd_beta, bool):
+        raise TypeError(f"jsd_beta must be a number, got {type(terms.jsd_beta).__name__}")
+    if not 0 < terms.jsd_beta < 1:
+        raise ValueError(
+            f"jsd_beta must be in (0, 1), got {terms.jsd_beta}; at the ends the JSD is 0 whatever the student does"
+        )
+    if terms.kl_wanted:
+        check_divergence_of_tail(terms.divergence, terms.tail)
+
+
+def check_reverse_kl_is_finite(teacher: TeacherBatch, terms: LossTerms, counted_N: Tensor) -> None:
+    """Raise ValueError on a CPU where a counted row's tail has tokens and no mass, which makes reverse KL infinite."""
+    if not terms.kl_wanted or terms.divergence != "reverse_kl" or not _values_can_be_read(counted_N):
+        return
+    massless_N = counted_N & (teacher.tail_logmass_N == -math.inf) & (teacher.n_tail_N > 0)
+    if massless_N.any():
+        row = int(massless_N.nonzero()[0, 0])
+        raise ValueError(
+            f"divergence='reverse_kl' is infinite in row {row}: the teacher's tail has tokens but no mass "
+            f"({int(massless_N.sum())} such rows); use divergence='jsd', 'tvd' or 'forward_kl'"
+        )
 
 
 def _values_can_be_read(tensor: Tensor) -> bool:

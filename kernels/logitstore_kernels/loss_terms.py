@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from logitstore_kernels.divergences import FORWARD_KL
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -21,11 +23,14 @@ class LossTerms:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
+    divergence: str = FORWARD_KL
+    jsd_beta: float = 0.5
 
     @property
     def is_plain(self) -> bool:
-        """Whether neither label smoothing nor a z-loss nor a softcap is asked for."""
-        return self.label_smoothing == 0 and self.z_loss == 0 and self.softcap is None
+        """Whether the divergence is forward KL, and neither label smoothing nor a z-loss nor a softcap is asked for."""
+        extra = self.label_smoothing != 0 or self.z_loss != 0 or self.softcap is not None
+        return self.divergence == FORWARD_KL and not extra
 
 
 class LossRows(NamedTuple):

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from logitstore_kernels.autocast import without_autocast
+from logitstore_kernels.divergences import FORWARD_KL, divergence_rows, times_log_ratio
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     check_arguments,
     check_extra_terms,
+    check_reverse_kl_is_finite,
     compute_dtype,
     counted_rows,
     reduce_rows,
@@ -43,9 +45,13 @@ def distillation_loss_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     row_weights_N: Tensor | None = None,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
 ) -> Tensor:
-    """alpha * T^2 * KL(p || q) + (1 - alpha) * CE, differentiable any number of times; see distillation_loss."""
-    terms = LossTerms(temperature, alpha, tail, alpha != 0, True, label_smoothing, z_loss, softcap)
+    """alpha * T^2 * D(p, q) + (1 - alpha) * CE, D the divergence; differentiable any number of times."""
+    terms = LossTerms(
+        temperature, alpha, tail, alpha != 0, True, label_smoothing, z_loss, softcap, divergence, jsd_beta
+    )
     return _loss_parts(
         student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, row_weights_N
     ).loss
@@ -66,9 +72,11 @@ def distillation_loss_parts_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     row_weights_N: Tensor | None = None,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
 ) -> DistillationLossParts:
     """The loss with its two parts; arguments, values and errors as in distillation_loss_parts."""
-    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap)
+    terms = LossTerms(temperature, alpha, tail, True, True, label_smoothing, z_loss, softcap, divergence, jsd_beta)
     return _loss_parts(
         student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, row_weights_N
     )
@@ -92,6 +100,7 @@ def _loss_parts(
     check_extra_terms(terms, row_weights_N, labels_N)
     dtype = compute_dtype(student_logits_NV)
     counted_N = counted_rows(labels_N, t, ignore_index, num_items_in_batch)
+    check_reverse_kl_is_finite(t, terms, counted_N)
     weight = row_weight(counted_N, reduction, num_items_in_batch, dtype, row_weights_N)
     if row_weights_N is not None:
         counted_N = counted_N & (row_weights_N != 0)
@@ -112,7 +121,7 @@ def loss_rows_reference(
     ce_N = torch.where(counted_N, _cross_entropy_rows(logits_NV, label_N, terms), 0)
     kl_N = loss_N = torch.zeros_like(ce_N)
     if terms.kl_wanted:
-        kl_N = torch.where(counted_N, _kl_rows(logits_NV / terms.temperature, t, terms.temperature, terms.tail), 0)
+        kl_N = torch.where(counted_N, _divergence_rows(logits_NV / terms.temperature, t, terms), 0)
     if terms.alpha > 0:  # skipped, not multiplied by 0: an unused term may be infinite
         loss_N = loss_N + terms.alpha * terms.temperature**2 * kl_N
     if terms.alpha < 1:
@@ -130,24 +139,55 @@ def _cross_entropy_rows(logits_NV: Tensor, label_N: Tensor, terms: LossTerms) ->
     return ce_N
 
 
+def _divergence_rows(scaled_logits_NV: Tensor, teacher: TeacherBatch, terms: LossTerms) -> Tensor:
+    """The divergence of each row in nats, [N]; scaled_logits are the student's logits / T."""
+    if terms.divergence == FORWARD_KL:
+        return _kl_rows(scaled_logits_NV, teacher, terms.temperature, terms.tail)
+    logp_NO, logq_NO = _outcomes(scaled_logits_NV, teacher, terms.temperature, terms.tail)
+    return divergence_rows(logp_NO, logq_NO, terms.divergence, terms.jsd_beta)
+
+
+def _outcomes(scaled_logits_NV: Tensor, teacher: TeacherBatch, temperature: float, tail: str) -> tuple[Tensor, Tensor]:
+    """(ln p, ln q) over what the tail tells apart: entries and tail [N, K + 1], or all tokens [N, V].
+
+    A tail without mass ("renormalised") is one outcome, too: where p = 0, a divergence adds up the student's
+    probabilities, and those of tokens apart and together are the same.
+    """
+    logt_NK, logt_tail_N = temper_teacher(teacher, temperature=temperature, tail=tail, dtype=scaled_logits_NV.dtype)
+    ids_NK, pad_NK = teacher.gather_ids_NK, teacher.ids_NK < 0
+    lse_N1 = scaled_logits_NV.logsumexp(dim=1, keepdim=True)
+    if tail in ("bucket", "renormalised"):
+        logq_NK = (scaled_logits_NV.gather(1, ids_NK) - lse_N1).masked_fill(pad_NK, -math.inf)
+        logq_tail_N = _logsumexp(scaled_logits_NV.scatter(1, ids_NK, -math.inf)) - lse_N1[:, 0]
+        return torch.cat([logt_NK, logt_tail_N[:, None]], 1), torch.cat([logq_NK, logq_tail_N[:, None]], 1)
+    if tail == "dense":
+        logp_NV = logt_tail_N[:, None] + _tail_logshape(teacher, ids_NK, logt_tail_N, temperature)
+    else:
+        n_tail_N = teacher.n_tail_N.clamp(min=1).to(logt_tail_N.dtype)
+        logp_NV = (logt_tail_N - n_tail_N.log())[:, None].expand_as(scaled_logits_NV)
+    # A pad repeats an id of its row, so entries are added to zeros instead of written.
+    logp_NV = logp_NV.scatter(1, ids_NK, 0).scatter_add(1, ids_NK, logt_NK.masked_fill(pad_NK, 0))
+    return logp_NV, scaled_logits_NV - lse_N1
+
+
 def _kl_rows(scaled_logits_NV: Tensor, teacher: TeacherBatch, temperature: float, tail: str) -> Tensor:
     """KL(p || q) of each row in nats, [N]; scaled_logits are the student's logits / T."""
     logt_NK, logt_tail_N = temper_teacher(teacher, temperature=temperature, tail=tail, dtype=scaled_logits_NV.dtype)
     ids_NK = teacher.gather_ids_NK
     lse_N = scaled_logits_NV.logsumexp(dim=1)
     logq_NK = scaled_logits_NV.gather(1, ids_NK) - lse_N[:, None]
-    kl_N = _times_log_ratio(logt_NK, logq_NK).sum(dim=1)
+    kl_N = times_log_ratio(logt_NK, logq_NK).sum(dim=1)
     if tail == "bucket":
         logq_tail_N = _logsumexp(scaled_logits_NV.scatter(1, ids_NK, -math.inf)) - lse_N
-        return kl_N + _times_log_ratio(logt_tail_N, logq_tail_N)
+        return kl_N + times_log_ratio(logt_tail_N, logq_tail_N)
     if tail == "uniform":
         n_tail_N = teacher.n_tail_N.clamp(min=1).to(lse_N.dtype)
         logt_each_N1 = (logt_tail_N - n_tail_N.log())[:, None]
-        each_NV = _times_log_ratio(logt_each_N1, scaled_logits_NV - lse_N[:, None])
+        each_NV = times_log_ratio(logt_each_N1, scaled_logits_NV - lse_N[:, None])
         return kl_N + each_NV.scatter(1, ids_NK, 0).sum(dim=1)
     if tail == "dense":
         logt_NV = logt_tail_N[:, None] + _tail_logshape(teacher, ids_NK, logt_tail_N, temperature)
-        return kl_N + _times_log_ratio(logt_NV, scaled_logits_NV - lse_N[:, None]).sum(dim=1)
+        return kl_N + times_log_ratio(logt_NV, scaled_logits_NV - lse_N[:, None]).sum(dim=1)
     return kl_N  # "renormalised", "dropped" and "sampled": what there is of a tail is taken care of in the teacher
 
 
@@ -161,13 +201,6 @@ def _tail_logshape(teacher: TeacherBatch, ids_NK: Tensor, logt_tail_N: Tensor, t
     # A tail of no tokens has a log-sum of -inf; 0 in its place keeps -inf - -inf away.
     lse_N1 = _logsumexp(logits_NV)[:, None]
     return logits_NV - lse_N1.masked_fill(lse_N1 == -math.inf, 0)
-
-
-def _times_log_ratio(logt: Tensor, logq: Tensor) -> Tensor:
-    """t * (ln t - ln q), and 0 with a gradient of 0 where t = 0, whatever q is."""
-    t = logt.exp()
-    logt, logq = logt.masked_fill(t == 0, 0), logq.masked_fill(t == 0, 0)
-    return t * (logt - logq)
 
 
 def _logsumexp(x_NV: Tensor) -> Tensor:

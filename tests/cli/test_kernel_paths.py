@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from logitstore_kernels.dispatch import paths_on, why_not_the_kernel
+from logitstore_kernels.dispatch import best_device, paths_on, why_not_the_kernel
 from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_trainer.cli import main
@@ -40,4 +40,9 @@ def test_the_table_names_every_operation_with_its_reason(capsys):
 
 def test_a_device_that_is_not_there_is_one_line(capsys):
     assert main(["kernels", "--device", "abacus"]) == 2
-    assert "--device is 'abacus', expected auto, cpu, cuda, cuda:N or mps" in capsys.readouterr().err
+    assert "--device is 'abacus', expected auto, cpu, cuda" in capsys.readouterr().err
+
+
+def test_without_a_device_it_is_the_fastest_there_is(capsys):
+    assert main(["kernels"]) == 0
+    assert capsys.readouterr().out.startswith(f"device {best_device().type}")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from logitstore_trainer import checkpoints
+from logitstore_kernels.reference import distillation_loss_reference
+from logitstore_trainer import TeacherDecoder, checkpoints, collate
+from logitstore_trainer.collator import next_token_labels
 from logitstore_trainer.collect.teacher import choose_dtype
 from logitstore_trainer.evaluate import evaluate_student
 from logitstore_trainer.student import build_student
@@ -376,3 +378,31 @@ def test_a_reporter_gets_what_is_logged(config, monkeypatch):
         entry["kl"] for entry in metrics["history"] if "kl" in entry
     ]
     assert metrics["config"]["report_to"] == "ours"
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd", "tvd"])
+def test_other_divergences_train(config, store, loss):
+    batch = collate(list(store))
+    with torch.no_grad():
+        logits_NV = build_student(STUDENT, store, seed=config.seed).model.eval()(
+            batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits.flatten(0, 1)  # fmt: skip
+    before = distillation_loss_reference(
+        logits_NV, TeacherDecoder(store)(batch), next_token_labels(batch["labels"]), alpha=1.0,
+        divergence=loss, jsd_beta=0.3,
+    )  # fmt: skip
+    settings = {"loss": loss, "jsd_beta": 0.3, "alpha": 1.0, "steps": 20, "batch_size": 12, "grad_accum": 1, "lr": 3e-2}
+    metrics = train(dataclasses.replace(config, **settings))
+    assert metrics["history"][0]["loss"] == pytest.approx(before.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(4 * metrics["kl"], rel=1e-4)
+    assert metrics["loss"] < 0.9 * before.item()
+
+
+def test_a_divergence_that_does_not_go_with_the_tail_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="divergence='tvd' is not defined for tail='dropped'"):
+        train(dataclasses.replace(config, loss="tvd", tail="dropped"))
+    with pytest.raises(ValueError, match="--loss 'kl' is not one of forward_kl, reverse_kl, jsd, tvd"):
+        train(dataclasses.replace(config, loss="kl"))
+    with pytest.raises(ValueError, match=r"--jsd-beta 1.0 must lie in \(0, 1\)"):
+        train(dataclasses.replace(config, jsd_beta=1.0))
+    assert not (tmp_path / "out").exists()

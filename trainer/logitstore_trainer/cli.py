@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": Command("logitstore_trainer.store_commands.verify", "check a store's data, checksums and alignment"),
     "head": Command("logitstore_trainer.store_commands.head", "the first tokens with the teacher's top tokens"),
     "train": Command("logitstore_trainer.train", "train a student from a store"),
+    "eval": Command("logitstore_trainer.eval_command", "measure students on a held-out store, with a report"),
     "kernels": Command("logitstore_trainer.kernel_paths", "which path each loss takes on this machine, and why"),
     "bench": Command("logitstore_trainer.bench.command", "measure storage, throughput or kernels, with a report"),
 }

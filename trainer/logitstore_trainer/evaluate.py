@@ -6,6 +6,7 @@ models' logits of one batch are held at once, in their own dtype; everything els
 Letters: B batch, L length, N rows, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from logitstore_kernels import distillation_loss_parts
 
+from logitstore_trainer.calibration import N_BINS, CalibrationBin, calibration_bins, calibration_error, calibration_sums
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
 from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
 from logitstore_trainer.progress import Progress
@@ -32,6 +34,7 @@ class Evaluation:
     what the samples' own noise adds, the same for every student). kl_teacher_nats: exact
     KL(teacher || student) at T = 1, None without a live teacher. top1_agreement: share of tokens at which student and
     teacher rank the same token first; the teacher is the live one, or the store's first entry (`top1_against`).
+    perplexity: e^loss_nats. calibration_error and calibration: see calibration.py.
     """
 
     n_tokens: int
@@ -42,6 +45,9 @@ class Evaluation:
     top1_against: str
     temperature: float
     tail: str
+    perplexity: float
+    calibration_error: float
+    calibration: tuple[CalibrationBin, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as JSON values."""
@@ -72,12 +78,14 @@ def evaluate_student(
     modes = [each.training for each in models]
     for each in models:
         each.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums, calibration = torch.zeros(5, dtype=torch.float64), torch.zeros(3, N_BINS, dtype=torch.float64)
     with Progress(total=len(dataset), desc="evaluate", unit="samples") as display:
         for start in range(0, len(dataset), batch_size):
             samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
-            sums += _batch_sums(models, batch, decoder, temperature=temperature, tail=tail)
+            batch_sums, batch_calibration = _batch_sums(models, batch, decoder, temperature=temperature, tail=tail)
+            sums += batch_sums
+            calibration += batch_calibration
             display.update(len(samples))
     for each, mode in zip(models, modes, strict=True):
         each.train(mode)
@@ -94,6 +102,9 @@ def evaluate_student(
         top1_against="store" if teacher_model is None else "teacher",
         temperature=temperature,
         tail=tail,
+        perplexity=math.exp(ce) if ce < 700 else math.inf,
+        calibration_error=calibration_error(calibration),
+        calibration=tuple(calibration_bins(calibration)),
     )
 
 
@@ -104,8 +115,9 @@ def _batch_sums(
     *,
     temperature: float,
     tail: str,
-) -> torch.Tensor:
-    """Sums over a batch's valid rows [5], float64: tokens, cross-entropy, stored KL, exact KL, agreeing tokens."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over a batch's valid rows [5], float64 (tokens, cross-entropy, stored KL, exact KL, agreeing tokens), and
+    calibration_sums of them."""
     logits_NV = _logits(models[0], batch)
     labels_N = next_token_labels(batch["labels"])
     parts = distillation_loss_parts(
@@ -123,8 +135,10 @@ def _batch_sums(
     store_top1_N = batch["teacher_ids"][..., 0].flatten()
     vocab_size = decoder.spec.vocab_size
     kl, agreeing = 0.0, 0
+    calibration = torch.zeros(3, N_BINS, dtype=torch.float64)
     for rows in rows_N.split(max(_CHUNK_ELEMENTS // vocab_size, 1)):
         student = logits_NV[rows, :vocab_size]
+        calibration += calibration_sums(student, labels_N[rows])
         if teacher_NV is None:
             teacher_top1 = store_top1_N[rows]
         else:
@@ -132,7 +146,8 @@ def _batch_sums(
             teacher_top1 = teacher.argmax(dim=1)
             kl += float(kl_divergence(teacher, student).double().sum())
         agreeing += int((student.argmax(dim=1) == teacher_top1).sum())
-    return torch.tensor([len(rows_N), float(parts.ce), float(parts.kl), kl, agreeing], dtype=torch.float64)
+    sums = torch.tensor([len(rows_N), float(parts.ce), float(parts.kl), kl, agreeing], dtype=torch.float64)
+    return sums, calibration
 
 
 def kl_divergence(teacher_logits_NV: torch.Tensor, student_logits_NV: torch.Tensor) -> torch.Tensor:

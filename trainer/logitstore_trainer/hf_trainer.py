@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from logitstore_kernels import distillation_loss_parts
+from logitstore_kernels.divergences import check_divergence_of_tail
 from transformers import Trainer
 
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
@@ -36,7 +37,8 @@ class DistillationMixin:
     """Makes a Trainer minimise alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy, mean over tokens.
 
     Put it before a Trainer class. `temperature` is T, on both sides; `alpha` is in [0, 1]; `tail` as in
-    `distillation_loss`, None for what suits the store. `decoder` is built from train_dataset (or eval_dataset) unless
+    `distillation_loss`, None for what suits the store; `divergence` and `jsd_beta` as there, in the KL's place (`kl` is
+    then that divergence). `decoder` is built from train_dataset (or eval_dataset) unless
     given; the collator defaults to `collate` with the tokenizer's pad token. `kl` (without alpha and T^2) and `ce` are
     logged beside the loss; evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
 
@@ -54,6 +56,8 @@ class DistillationMixin:
         alpha: float = 0.7,
         tail: str | None = None,
         decoder: TeacherDecoder | None = None,
+        divergence: str = "forward_kl",
+        jsd_beta: float = 0.5,
         **kwargs: Any,
     ) -> None:
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
@@ -68,6 +72,8 @@ class DistillationMixin:
         if given.get("data_collator") is None:
             given["data_collator"] = partial(collate, pad_token_id=_pad_token_id(tokenizer))
         self.temperature, self.alpha, self.tail = temperature, alpha, fitting_tail(decoder, tail, temperature)
+        check_divergence_of_tail(divergence, self.tail)
+        self.divergence, self.jsd_beta = divergence, jsd_beta
         self._train_parts, self._eval_parts = _Sums(), _Sums()
         self._parts_since_step, self._n_loss_calls = 0, 0
         self._n_tokens_seen: torch.Tensor | int = 0
@@ -103,6 +109,8 @@ class DistillationMixin:
             tail=self.tail,
             ignore_index=IGNORE_INDEX,
             num_items_in_batch=n_items,
+            divergence=self.divergence,
+            jsd_beta=self.jsd_beta,
         )
         loss = parts.loss * n_ranks
         if model.training:
@@ -184,7 +192,7 @@ class DistillationMixin:
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """transformers' Trainer for distillation from a store: see DistillationMixin for the four added arguments."""
+    """transformers' Trainer for distillation from a store: see DistillationMixin for the added arguments."""
 
 
 class _Sums:

@@ -13,6 +13,7 @@ from logitstore_trainer.dtypes import long_name
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 TAILS = ("bucket", "uniform", "renormalised", "dropped", "dense", "sampled")
 EXAMPLES = """examples:
   logitstore train --student 20M --data teacher_logits.parquet --out student
@@ -30,7 +31,7 @@ class TrainConfig:
     the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
     lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
     cosine to zero. A step takes batch_size * grad_accum samples per process. dtype: bf16 and fp32 stand for the long
-    names. save_every, eval_every: steps between, 0 for only at the end.
+    names. loss: the divergence of `distillation_loss`. save_every, eval_every: steps between, 0 for only at the end.
     """
 
     student: str
@@ -41,6 +42,8 @@ class TrainConfig:
     temperature: float = 2.0
     alpha: float = 0.7
     tail: str | None = None
+    loss: str = "forward_kl"
+    jsd_beta: float = 0.5
     epochs: float = 1.0
     steps: int | None = None
     batch_size: int = 8
@@ -93,7 +96,9 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("--eval-data and --eval-fraction exclude each other: give one")
     if not config.data or isinstance(config.data, str):
         raise ValueError(f"data must be a list of at least one store, got {config.data!r}")
-    choices = [("--dtype", config.dtype, DTYPES), ("--device", config.device, DEVICES)]
+    if not 0 < config.jsd_beta < 1:
+        raise ValueError(f"--jsd-beta {config.jsd_beta} must lie in (0, 1), its ends excluded")
+    choices = [("--loss", config.loss, LOSSES), ("--dtype", config.dtype, DTYPES), ("--device", config.device, DEVICES)]
     choices += [("--tail", config.tail, TAILS)] if config.tail is not None else []
     for option, value, known in choices:
         if value not in known:
@@ -125,6 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--temperature", "T of teacher and student in the KL (default 2; a store of samples needs 1)", type=float)
     option("--alpha", "weight of T^2 KL; 1 - alpha weighs cross-entropy, 0 is labels only (default 0.7)", type=float)
     option("--tail", f"{', '.join(TAILS)} (default: what suits the store)")
+    option(
+        "--loss", f"how far the student is from the teacher: {', '.join(LOSSES)} (default forward_kl, which alone has "
+        "a GPU kernel; the others not for a store of samples)", choices=LOSSES,
+    )  # fmt: skip
+    option("--jsd-beta", "weight of the teacher in the mixture of --loss jsd (default 0.5)", type=float)
     option("--epochs", "passes over the data (default 1)", type=float)
     option("--steps", "optimizer steps, instead of --epochs", type=int)
     option("--batch-size", "samples per forward pass and process (default 8)", type=int)

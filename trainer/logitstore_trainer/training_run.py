@@ -8,18 +8,17 @@ schedule and random state are restored. What has been trained since that checkpo
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from logitstore_kernels.divergences import check_divergence_of_tail
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as hf_logging
 
 import logitstore
 from logitstore_trainer import checkpoints
@@ -30,6 +29,7 @@ from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
 from logitstore_trainer.train_progress import ReportProgress
+from logitstore_trainer.transformers_display import transformers_display_kept
 
 # What may change between a run and its resumption without changing the weights.
 _FREE_SETTINGS = ("out", "resume", "device", "save_every", "eval_every", "log_every", "report_to", "workers")
@@ -40,14 +40,15 @@ def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str
     """The metrics of the run that `config` asks for; see `logitstore_trainer.train.train`."""
     _check_device(config)
     reporters = _reporters(config.report_to)
-    with _transformers_display_kept():
+    with transformers_display_kept():
         return _run(config, [*reporters, *callbacks])
 
 
 def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     out = Path(config.out)
     train_set, eval_set, store = _open_data(config)
-    fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
+    tail = fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
+    check_divergence_of_tail(config.loss, tail)
     identity = _identity(config, train_set, store)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
@@ -146,6 +147,8 @@ def _make_trainer(
         temperature=config.temperature,
         alpha=config.alpha,
         tail=config.tail,
+        divergence=config.loss,
+        jsd_beta=config.jsd_beta,
         callbacks=[checkpoints.MarkComplete(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -190,19 +193,6 @@ def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore)
         "dataset_sha256": spec.dataset_sha256,
         "codec": dict(spec.codec.config),
     }
-
-
-@contextmanager
-def _transformers_display_kept() -> Iterator[None]:
-    """Hides the bars of transformers, one for each file, between which ours would drown; puts back what was set."""
-    bars_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars_on:
-            hf_logging.enable_progress_bar()
 
 
 def _reporters(report_to: str) -> list[TrainerCallback]:
