@@ -19,6 +19,7 @@ from logitstore_kernels import (
     topk_with_tail,
 )
 from logitstore_kernels.dispatch import why_not_the_kernel
+from logitstore_kernels.loss_terms import LossTerms
 from torch import Tensor
 
 TAILS = ("bucket", "uniform", "renormalised", "dropped", "sampled", "dense")
@@ -109,11 +110,14 @@ def _check(log: RowLog, what: dict[str, object], call) -> None:
 def check_variant(variant: Variant, device: torch.device) -> dict[str, float]:
     """The errors of one variant; raises NotMeasured("wrong") where they are above the budget."""
     logits_NW, teacher, labels_N = _problem(variant, device)
-    refusal = why_not_the_kernel(logits_NW, teacher)
+    extra = {name: getattr(variant, name) for name in ("label_smoothing", "z_loss", "softcap")}
+    wanted = variant.alpha > 0, variant.alpha < 1
+    refusal = why_not_the_kernel(
+        logits_NW, teacher, LossTerms(variant.temperature, variant.alpha, variant.tail, *wanted, **extra)
+    )
     if refusal is not None:
         raise NotMeasured("wrong", f"the kernel does not take it: {refusal}")
     args = (teacher, labels_N, variant.temperature, variant.alpha, variant.tail)
-    extra = {name: getattr(variant, name) for name in ("label_smoothing", "z_loss", "softcap")}
     exact_N, exact_gradient = truth(logits_NW, torch.float64, *args, **extra)
     plain_N, plain_gradient = truth(logits_NW, logits_NW.dtype, *args, **extra)
     if variant.gradient == "none":

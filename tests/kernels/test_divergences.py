@@ -1,6 +1,7 @@
 """Reverse KL, JSD and total variation against numpy float64 by hand, in value and gradient; and for which tails."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from logitstore_kernels import TeacherBatch, distillation_loss, distillation_loss_parts
 from logitstore_kernels.dispatch import why_not_the_kernel
 from logitstore_kernels.divergences import TAILS_OF_DIVERGENCE
+from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.reference import distillation_loss_parts_reference, distillation_loss_reference
 
 DEFINED = [(name, tail) for name, tails in TAILS_OF_DIVERGENCE.items() if name != "forward_kl" for tail in tails]
@@ -174,7 +176,8 @@ def test_other_wrong_arguments_are_refused(case_factory, loss_function):
 def test_the_kernel_takes_forward_kl_alone(case_factory, triton_interpreter):
     case = case_factory(3, 17, 5)
     logits_NV = case.logits_NV.float()
-    assert why_not_the_kernel(logits_NV, case.teacher) is None
-    assert why_not_the_kernel(logits_NV, case.teacher, "jsd") == (
+    terms = LossTerms(2.0, 0.7, "bucket", True, True)
+    assert why_not_the_kernel(logits_NV, case.teacher, terms) is None
+    assert why_not_the_kernel(logits_NV, case.teacher, replace(terms, divergence="jsd")) == (
         "the kernel computes forward KL, and the divergence is jsd"
     )
