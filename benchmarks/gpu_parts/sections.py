@@ -54,24 +54,27 @@ class Sizes:
 def run_all(log: RowLog, *, dry: bool) -> None:
     """Every section: ceilings, checks, losses from logits, from a head, with a dense tail, the reduction, the goals."""
     sizes = Sizes(dry=dry)
-    run_section(log, "ceilings", 20, [Job({"what": what}, lambda call=call: call(log, sizes))
+    slack = 20 if dry else 1  # whoever interprets shares a busy machine, and wants every line run
+    run_section(log, "ceilings", slack * 20, [Job({"what": what}, lambda call=call: call(log, sizes))
                                       for what, call in (("copy", _copy), ("matrix product", _gemm))])  # fmt: skip
-    run_section(log, "check", 60, check_jobs(log, dry=dry)[: n_first_checks(dry=dry)])
-    run_workers(log, 1 if dry else max(1, min(8, (os.cpu_count() or 2) // 2)), 100, dry=dry)
+    run_section(log, "check", slack * 60, check_jobs(log, dry=dry)[: n_first_checks(dry=dry)])
+    run_workers(log, 1 if dry else max(1, min(8, (os.cpu_count() or 2) // 2)), slack * 100, dry=dry)
     bench = Bench(log, sizes)
     grid = [({"n_rows": n, "vocab_size": v, "temperature": T}) for n, v in sizes.grid for T in TEMPERATURES]
-    run_section(log, "logits in", 110, [Job(what, lambda what=what: bench.logits_in(**what)) for what in grid])
+    run_section(log, "logits in", slack * 110, [Job(what, lambda what=what: bench.logits_in(**what)) for what in grid])
     plain = [({"n_rows": n, "vocab_size": v, "temperature": T}) for n, v in sizes.plain for T in TEMPERATURES]
-    run_section(log, "beside PyTorch", 80, [Job(what, lambda what=what: bench.beside_pytorch(dry=dry, **what))
+    run_section(log, "beside PyTorch", slack * 80, [Job(what, lambda what=what: bench.beside_pytorch(dry=dry, **what))
                                             for what in plain])  # fmt: skip
-    run_section(log, "through a head", 40, [Job({"n_rows": n, "width": d, "vocab_size": v},
+    run_section(log, "through a head", slack * 40, [Job({"n_rows": n, "width": d, "vocab_size": v},
                                                 lambda n=n, d=d, v=v: bench.through_a_head(n, d, v))
                                             for n, d, v in sizes.heads])  # fmt: skip
     n, v = sizes.dense
     dense = [({"n_rows": n, "vocab_size": v, "rank": r, "temperature": T}) for r in sizes.ranks for T in (1.0, 2.0)]
-    run_section(log, "dense tail", 30, [Job(what, lambda what=what: bench.dense_tail(**what)) for what in dense])
-    run_section(log, "top-k with tail", 15, [Job({"n_rows": n, "vocab_size": v}, lambda n=n, v=v: bench.top_k(n, v))
-                                             for n, v in sizes.plain])  # fmt: skip
+    run_section(
+        log, "dense tail", slack * 30, [Job(what, lambda what=what: bench.dense_tail(**what)) for what in dense]
+    )
+    top_k = [Job({"n_rows": n, "vocab_size": v}, lambda n=n, v=v: bench.top_k(n, v)) for n, v in sizes.plain]
+    run_section(log, "top-k with tail", slack * 15, top_k)
     add_goals(log)
 
 

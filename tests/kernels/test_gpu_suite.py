@@ -27,7 +27,7 @@ def run(*arguments):
 
 def test_a_dry_run_goes_through_every_section(tmp_path):
     out = tmp_path / "rows.jsonl"
-    done = run("--dry-run", "--out", str(out))
+    done = run("--dry-run", "--out", str(out), "--minutes", "60")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     found = {}
