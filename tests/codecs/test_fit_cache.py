@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from made_up_teacher import SETTINGS, V, teacher_samples
 
 import logitstore
 from logitstore import fit_cache
 from logitstore.fit_cache import FitCache, default_cache_folder, fit_sha256
 from logitstore.tail_fit import fit_tail_model
+from logitstore.tail_model import TailModel
 from logitstore.tail_rows import TailRows, tail_rows
 
 QUICK = replace(SETTINGS, rows_seen=1)
@@ -115,21 +115,20 @@ def test_the_last_used_ones_stay(rows: TailRows, model, tmp_path: Path, monkeypa
     assert set(tmp_path.iterdir()) == {paths[0], paths[2], paths[3]}
 
 
-def _keep_many_times(folder: str) -> None:
-    torch.set_num_threads(1)
-    rows = tail_rows(teacher_samples(0, 8), V)
-    model = fit_tail_model(rows, QUICK)
-    cache = FitCache(Path(folder), pytest.fail)
+def _keep_many_times(path: Path, model: TailModel) -> None:
+    cache = FitCache(path.parent, pytest.fail)
     for _ in range(20):
-        path = Path(folder) / f"{fit_sha256(rows, QUICK)}.tail"
         fit_cache._write(path, model)
         assert same(fit_cache._read(path, V), model)
         cache._drop_the_oldest()
 
 
-def test_processes_that_write_the_same_entry_never_read_half_of_one(tmp_path: Path) -> None:
+def test_processes_that_write_the_same_entry_never_read_half_of_one(
+    rows: TailRows, model: TailModel, tmp_path: Path
+) -> None:
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_keep_many_times, args=(str(tmp_path),)) for _ in range(2)]
+    path = tmp_path / f"{fit_sha256(rows, QUICK)}.tail"
+    writers = [context.Process(target=_keep_many_times, args=(path, model)) for _ in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
