@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from logitstore_trainer.bench.storage_names import configuration_text
 from logitstore_trainer.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,40 @@ def test_numbers_of_the_real_line_are_those_of_the_committed_row() -> None:
     for student in row["students"].values():
         assert f"{student['loss_nats']:.4f}" in README
         assert f"{student['kl_teacher_nats']:.4f}" in README
+
+
+def storage_line(row: dict) -> str:
+    """A measured codec as the README's table shows it."""
+    name = f"{row['codec']} {configuration_text(row['config'])}".strip()
+    if row["budget"] is not None:
+        name = f"{row['budget']:g} bytes: {name}"
+    kls = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("kl_t1", "kl_t2")]
+    return f"| {name} | {row['bytes_per_token']:,.1f} | {' | '.join(kls)} |"
+
+
+def test_sizes_and_fidelities_are_those_of_the_committed_rows() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "storage.json").read_text())["results"]
+    planned = [row for row in results if row["budget"] is not None and row["codec"] == "topk"]
+    assert [row["budget"] for row in planned] == [16, 24, 40, 64, 104]
+    rivals = [row for row in results if row["codec"] not in ("topk", "varopt", "rskd")]
+    for row in (*planned, *rivals):
+        assert storage_line(row) in README
+    heads = {
+        _head(row): row for row in results if row["config"].get("tail") == "residual" and "tables" in row["config"]
+    }
+    for row in planned:
+        unseen, uniform = (of_row["kinds"]["measured-source"] for of_row in (row, heads[_head(row)]))
+        numbers = [unseen["kl_t1"], unseen["kl_t2"], uniform["kl_t1"], uniform["kl_t2"]]
+        line = (
+            f"| {row['budget']:g} bytes | {unseen['bytes_per_token']:.1f} | {' | '.join(f'{x:.3f}' for x in numbers)} |"
+        )
+        assert line in README
+        assert unseen["kl_t1"] < uniform["kl_t1"]
+        assert unseen["kl_t2"] < uniform["kl_t2"]
+
+
+def _head(row: dict) -> tuple:
+    return tuple(row["config"].get(name) for name in ("head", "head_step", "k", "min_prob"))
 
 
 def test_speeds_of_fitted_codecs_are_those_of_the_committed_rows() -> None:
