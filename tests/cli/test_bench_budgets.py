@@ -94,8 +94,8 @@ def test_the_page_says_what_to_choose(measured) -> None:
     for title in ("What to choose", "Kinds of text", "The tail", "code (in no fit)"):
         assert title in page
     text = choice(results).body[0].text
-    assert "Up to 12 bytes a token" in text
-    assert "Up to 24 bytes a token" in text
+    assert "For 12 bytes a token (" in text
+    assert "For 24 bytes a token (" in text
     assert choice([row for row in results if row["budget"] is None]) is None
     assert kinds_of_text([{**row, "kinds": {"maths": row["kinds"]["maths"]}} for row in results]) is None
 

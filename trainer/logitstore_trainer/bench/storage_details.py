@@ -35,8 +35,9 @@ def choice(results: Rows, unit_tokens: float = 1e9) -> Section | None:
 def _advice(row: dict[str, Any], unit_tokens: float) -> str:
     size_gb = (row["bytes_per_token"] * unit_tokens + row["table_bytes"]) / 1e9
     return (
-        f"Up to {row['budget']:g} bytes a token: {configuration_text(row['config'])}, KL {row['kl_t1']:.3f} at T = 1 "
-        f"and {row['kl_t2']:.3f} at T = 2; a billion tokens take {size_gb:.0f} GB."
+        f"For {row['budget']:g} bytes a token ({row['bytes_per_token']:.1f} on this text): "
+        f"{configuration_text(row['config'])}, KL {row['kl_t1']:.3f} at T = 1 and {row['kl_t2']:.3f} at T = 2; a "
+        f"billion tokens take {size_gb:.0f} GB."
     )
 
 
