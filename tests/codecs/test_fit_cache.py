@@ -167,15 +167,15 @@ def test_progress_of_a_residual_codec_and_of_more_than_64_entries() -> None:
         assert ("rows", 3 * 39, None) in calls
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("LOGITSTORE_CACHE", "/own")
     assert default_cache_folder() == Path("/own")
     monkeypatch.delenv("LOGITSTORE_CACHE")
     assert default_cache_folder() == Path("/xdg/logitstore")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert default_cache_folder() == Path("/home/someone/.cache/logitstore")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_folder() == tmp_path / ".cache" / "logitstore"
 
     def no_home():
         raise RuntimeError("Could not determine home directory.")
