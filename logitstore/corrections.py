@@ -6,12 +6,14 @@ of their moments (integers, so that no machine's rounding decides); a class has 
 tail_step / sqrt(weight). Which table a coefficient is coded with follows from its spread, class by direction; those
 whose spread is far below the step are not coded at all.
 
-Values are put back at the centre of what was rounded to them, not in the middle of their interval.
+Values are put back at the centre of what was rounded to them, not in the middle of their interval, and one step is
+written only where it is worth its bits, which is the encoder's affair alone: a decoder does not know of it.
 
 Letters: R rows, r coefficients, C classes.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +26,11 @@ N_ODDS, N_EXCESS = 9, 8
 N_CLASSES = N_ODDS * N_EXCESS
 N_CONTEXTS = 30
 FIRST_CODED = 3  # contexts below: a spread of less than a quarter of a step
-DEAD_ZONE = 0.165  # how much further than half a step a value must be from zero to be coded as one step
 N_LEVELS = 3
+# what a bit is worth, in squared steps: a value is one step where that costs less than leaving it at zero
+SQUARES_A_BIT = 0.1
+LEAST_LARGER = 0.335  # how much of a step beyond a whole number makes it the next one, from 1 on
+ROUNDS = 3  # of quantising and counting; each counts what the costs of the one before it round to
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +63,20 @@ class CorrectionTables:
         """Coefficients that are coded in some class; those behind them never are."""
         return self.contexts.shape[1]
 
+    @cached_property
+    def first_steps(self) -> NDArray[np.float32]:
+        """From which size on a value is one step, in steps [N_CONTEXTS]: (x - level)^2 + price of its bits < x^2."""
+        bits, level = self.symbols.bits, self.levels[:, 0].astype(np.float64)
+        price = SQUARES_A_BIT * ((bits[:, 1] + bits[:, 2]) / 2 - bits[:, 0])
+        return np.clip(level / 2 + price / (2 * level), 0.5, np.minimum(0.95, 0.98 * level)).astype(np.float32)
+
     def quantised(self, errors_Rr: NDArray[np.float32], classes_R: NDArray[np.int64]) -> NDArray[np.int32]:
         """Whole steps [R, width], 0 where a coefficient is not coded."""
         scaled = errors_Rr[:, : self.width] * (np.sqrt(self.weights[classes_R]) / np.float32(self.step))[:, None]
-        steps = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5 - DEAD_ZONE))
-        steps[self.contexts[classes_R] < FIRST_CODED] = 0
+        contexts_Rr, size = self.contexts[classes_R], np.abs(scaled)
+        steps = np.floor(size + np.float32(LEAST_LARGER))
+        steps = np.sign(scaled) * np.where(steps > 1, steps, size >= self.first_steps[contexts_Rr])
+        steps[contexts_Rr < FIRST_CODED] = 0
         return np.clip(steps, -(1 << 20), 1 << 20).astype(np.int32)
 
     def coded_contexts(self, classes_R: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -118,11 +132,13 @@ def fit_corrections(
     no_symbols = fitted_tables(np.zeros(0, np.int64), np.zeros(0, np.int64), N_CONTEXTS)
     levels = np.tile(np.array([1, 2, 0], np.float32), (N_CONTEXTS, 1))
     tables = CorrectionTables(step, weights, contexts, levels, no_symbols)
-    steps = tables.quantised(errors_Rr, classes_R)
-    symbols = symbols_of(tables.numbers(steps, classes_R))
-    fitted = fitted_tables(symbols, tables.coded_contexts(classes_R), N_CONTEXTS)
-    levels = _centres(steps, weighted[:, :width] / np.float32(step), contexts[classes_R])
-    return CorrectionTables(step, weights, contexts, levels, fitted)
+    for _ in range(ROUNDS):
+        steps = tables.quantised(errors_Rr, classes_R)
+        symbols = symbols_of(tables.numbers(steps, classes_R))
+        fitted = fitted_tables(symbols, tables.coded_contexts(classes_R), N_CONTEXTS)
+        levels = _centres(steps, weighted[:, :width] / np.float32(step), contexts[classes_R])
+        tables = CorrectionTables(step, weights, contexts, levels, fitted)
+    return tables
 
 
 def _centres(

@@ -85,10 +85,10 @@ class FitCache:
 
 def fit_sha256(rows: "TailRows", settings: "TailFitSettings") -> str:
     """SHA-256 (hex) of all that a tail model depends on: the rows, the settings, and the code that fits it."""
-    from logitstore import tail_fit, tail_model
+    from logitstore import tail_fit, tail_loss, tail_model
 
     digest = hashlib.sha256()
-    for module in (tail_fit, tail_model):
+    for module in (tail_fit, tail_loss, tail_model):
         digest.update(inspect.getsource(module).encode())
     digest.update(repr(sorted(asdict(settings).items())).encode())
     for field in fields(rows):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from logitstore.codecs.topk import TopKCodec
 
 CORRECTION_ROWS = 40_000
-# stage, done, total or None; the stages: "rows" read ("rows again" where more than 64 entries are kept), "steps" of the
-# tail model's fit, "texts" whose corrections are counted
+# stage, done, total or None; the stages: "rows" read ("rows again" where more than 64 entries are kept), those of the
+# tail model's fit ("metric", "steps", "basis"), "texts" whose corrections are counted
 OnProgress = Callable[[str, int, int | None], Any]
 PASSES = 40  # over a small sample; a large one is seen as often as TailFitSettings.rows_seen says
 
@@ -111,17 +111,16 @@ def fit_tail(
     on_progress: OnProgress | None = None,
     cache: FitCache | None = None,
 ) -> TailModel:
-    """fit_tail_model with no more passes over a small sample than do it good, or what the cache has of it; rank:
-    coefficients, None for as many as the head is wide (1,024 at most)."""
+    """fit_tail_model with no more passes over a small sample than do it good, or what the cache has of it; on a CUDA
+    device where there is one. rank: coefficients, None for as many as the head is wide (1,024 at most)."""
+    import torch
+
     settings = settings or TailFitSettings()
     settings = replace(settings, rows_seen=min(settings.rows_seen, PASSES * rows.n_rows))
 
     def fit() -> TailModel:
-        def on_step(step: int, steps: int, loss: float) -> None:
-            if on_progress is not None:
-                on_progress("steps", step, steps)
-
-        return fit_tail_model(rows, settings, on_step=on_step)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return fit_tail_model(rows, settings, device=device, on_progress=on_progress)
 
     model = fit() if cache is None else cache.fitted(rows, settings, fit)
     return model if rank is None else with_rank(model, rows, min(rank, model.rank))

@@ -70,6 +70,13 @@ def iter_logit_chunks(
             yield _multiplied_out(logits, chunk_rows, lm_head_DV)
 
 
+def full_logits(logits: Any, vocab_size: int) -> Any:
+    """Logits [L, V] that need no multiplying out: factored ones as a float32 array, others as they are."""
+    if not isinstance(logits, FactoredLogits):
+        return logits
+    return np.concatenate(list(iter_logit_chunks(logits, np.arange(logits.shape[0]), vocab_size=vocab_size)))
+
+
 def _multiplied_out(
     logits: FactoredLogits, rows: NDArray[np.int64], lm_head_DV: NDArray[np.float32]
 ) -> NDArray[np.float32]:

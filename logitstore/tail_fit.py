@@ -2,16 +2,17 @@
 
 The embedding is the teacher's head in its Fisher-weighted principal directions; prior and posterior start from ridge
 regression and the covariance that it leaves, the network from zero, and everything is trained with Adam on
-KL(teacher || prediction) with the head exact. A step computes the KL on the likeliest 4,096 tokens and as many of the
-others drawn at random and weighed up, which is an eighth of a 49k vocabulary. How many entries a row has, by count or
+KL(teacher || prediction) with the head exact (tail_loss.py), a step on the likeliest 4,096 tokens and as many of the
+others, which is a sixth of a 49k vocabulary. How many entries a row has, by count or
 by probability, how coarse its values are and how much of a sequence is stored are drawn at random, so that one model
 serves every configuration. The output is expressed in all directions of the head, ordered by how much the prediction
 leaves of them, which is the basis that corrections are coded in.
 
-Seeded: the same rows and seed give the same model, up to how matrix products are rounded on a machine.
+Seeded: the same rows and seed give the same model, up to how matrix products are rounded on a machine. Everything is
+drawn on the processor and the rows stay there; a device gets the head and one batch after the other.
 
 Letters: B batch, L rows of the longest sequence, K entries, V vocabulary, D width of the head, p width of the
-embedding, r coefficients, M columns of a step.
+embedding, r coefficients.
 """
 
 import math
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logitstore.tail_loss import drawn_columns, tail_kl
 from logitstore.tail_model import CONTEXT_WIDTH, TailInputs, TailModel, latent_mean, n_inputs
 from logitstore.tail_rows import TailRows
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 MOST_COEFS = 1024
 FISHER_ROWS = 6144
 RIDGE_ROWS = 100_000
+BASIS_ROWS = 50_000
 TRAINED = (
     "prior",
     "current_map",
@@ -55,7 +58,7 @@ class TailFitSettings:
 
     width: int = 192
     hidden: int = 224
-    rows_seen: int = 1_200_000
+    rows_seen: int = 2_400_000
     batch_rows: int = 512
     columns: int = 8192
     entries: tuple[int, int] = (4, 32)
@@ -63,21 +66,37 @@ class TailFitSettings:
     seed: int = 0
 
 
+# stage, done, total; the stages in order: "metric" (rows), "steps", "basis" (rows)
+OnFit = Callable[[str, int, int], Any]
+
+
 def fit_tail_model(
-    rows: TailRows, settings: TailFitSettings | None = None, *, on_step: Callable[[int, int, float], Any] | None = None
+    rows: TailRows, settings: TailFitSettings | None = None, *, device: Any = "cpu", on_progress: OnFit | None = None
 ) -> TailModel:
-    """The tail model of these rows. on_step is called with (step, steps, loss in nats) as training goes on."""
+    """The tail model of these rows. device: where it is computed, the processor or a GPU."""
     import torch
 
     settings = settings or TailFitSettings()
+    told = on_progress or (lambda stage, done, total: None)
     generator = torch.Generator().manual_seed(settings.seed)
-    mean_hidden = rows.hidden.float().mean(0)
-    fisher = tail_fisher(rows, _some(rows.n_rows, FISHER_ROWS, generator))
-    width = min(settings.width, rows.lm_head.shape[1])
-    embedding, bias = _embedding(rows, mean_hidden, fisher.metric, width)
-    parameters = _initial_parameters(rows, mean_hidden, embedding, fisher.metric, settings, generator)
-    _train(rows, embedding, bias, fisher.column_weights, parameters, settings, generator, on_step)
-    return _in_residual_basis(rows, embedding, bias, fisher, parameters, generator)
+    head = _Head(rows.lm_head.to(device), rows.bias.to(device), rows.hidden.float().mean(0).to(device))
+    fisher = tail_fisher(rows, _some(rows.n_rows, FISHER_ROWS, generator), head, told)
+    width = min(settings.width, head.matrix.shape[1])
+    directions = _directions(rows, fisher.metric, width)
+    embedding, bias = _as_half(head.matrix @ directions).float(), head.matrix @ head.mean_hidden + head.bias
+    directions = directions * (embedding != 0).any(0)
+    parameters = _initial_parameters(rows, head, embedding, directions, fisher.metric, settings, generator)
+    _train(rows, head, embedding, bias, fisher.column_weights, parameters, settings, generator, told)
+    return _in_residual_basis(rows, head, embedding, bias, fisher, parameters, generator, told)
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The teacher's head on the device: matrix [V, D], bias [V]; mean_hidden [D] of the rows."""
+
+    matrix: "Tensor"
+    bias: "Tensor"
+    mean_hidden: "Tensor"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,36 +108,41 @@ class TailFisher:
     column_weights: "Tensor"
 
 
-def tail_fisher(rows: TailRows, chosen: "Tensor", n_entries: int = 16) -> TailFisher:
+def tail_fisher(rows: TailRows, chosen: "Tensor", head: _Head, told: OnFit, n_entries: int = 16) -> TailFisher:
     """The metric in which errors of the hidden state cost KL, to second order: KL = e^T metric e / 2."""
-    import torch
-
-    lm_head, n_entries = rows.lm_head, min(n_entries, rows.ids.shape[1])
+    lm_head, n_entries = head.matrix, min(n_entries, rows.ids.shape[1])
     width = lm_head.shape[1]
-    first, column_weights = torch.zeros(width, width), torch.zeros(len(lm_head))
+    first, column_weights = lm_head.new_zeros(width, width), lm_head.new_zeros(len(lm_head))
+    n_done = 0
     for index in chosen.split(256):
-        logits = rows.hidden[index].float() @ lm_head.T + rows.bias
-        ids = rows.ids[index, :n_entries].long()
+        logits = rows.hidden[index].to(lm_head.device).float() @ lm_head.T + head.bias
+        ids = rows.ids[index, :n_entries].to(lm_head.device).long()
         for temperature in (1.0, 2.0):
             tail = (logits / temperature).softmax(-1).scatter_(1, ids, 0.0)
             mass = tail.sum(-1, keepdim=True).clamp(min=1e-12)
             column_weights += tail.sum(0) / temperature**2
             means = (tail @ lm_head) / mass.sqrt()
             first += means.T @ means / temperature**2
+        n_done += len(index)
+        told("metric", n_done, len(chosen))
     second = lm_head.T @ (lm_head * column_weights[:, None])
     return TailFisher((second - first) / len(chosen), column_weights / len(chosen))
 
 
-def _embedding(rows: TailRows, mean_hidden: "Tensor", metric: "Tensor", width: int) -> tuple["Tensor", "Tensor"]:
-    """(embedding [V, p], bias [V]): the head in the p directions of the hidden states that cost most KL."""
+def _directions(rows: TailRows, metric: "Tensor", width: int) -> "Tensor":
+    """The p directions [D, p] of the hidden states that cost most KL."""
     import torch
 
     root, inverse_root = _roots(metric)
-    covariance = torch.cov(rows.hidden[:RIDGE_ROWS].float().T).reshape(len(metric), -1)
+    covariance = _covariance(rows.hidden[:RIDGE_ROWS].to(metric.device).float())
     _, vectors = torch.linalg.eigh((root @ covariance @ root).double())
-    directions = inverse_root @ vectors.flip(1)[:, :width].float()
-    embedding = _as_half(rows.lm_head @ directions).float()
-    return embedding, rows.lm_head @ mean_hidden + rows.bias
+    return inverse_root @ vectors.flip(1)[:, :width].float()
+
+
+def _covariance(x: "Tensor") -> "Tensor":
+    """Of rows x [n, D]: [D, D]; 0 where there is one row."""
+    centred = x - x.mean(0)
+    return centred.T @ centred / max(len(x) - 1, 1)
 
 
 def _roots(metric: "Tensor") -> tuple["Tensor", "Tensor"]:
@@ -126,14 +150,15 @@ def _roots(metric: "Tensor") -> tuple["Tensor", "Tensor"]:
     import torch
 
     values, vectors = torch.linalg.eigh(metric.double())
-    values = values.clamp(min=float(values[-1]) * 1e-9)
+    values = values.maximum(values[-1] * 1e-9)
     return ((vectors * values.sqrt()) @ vectors.T).float(), ((vectors / values.sqrt()) @ vectors.T).float()
 
 
 def _initial_parameters(
     rows: TailRows,
-    mean_hidden: "Tensor",
+    head: _Head,
     embedding: "Tensor",
+    directions: "Tensor",
     metric: "Tensor",
     settings: TailFitSettings,
     generator: Any,
@@ -141,18 +166,17 @@ def _initial_parameters(
     """Ridge regression for the prior, the covariance it leaves for the posterior, zero for the network's output."""
     import torch
 
-    width = embedding.shape[1]
-    # directions as in _embedding, recovered from the embedding itself so that both stay one definition
-    directions = torch.linalg.lstsq(rows.lm_head, embedding).solution
+    width, device = embedding.shape[1], embedding.device
     some = _some(rows.n_rows, RIDGE_ROWS, generator)
-    latent = (rows.hidden[some].float() - mean_hidden) @ (metric @ directions)
-    tokens = torch.cat([embedding[rows.current[some]], embedding[rows.following[some]]], 1)
-    tokens = torch.cat([tokens, torch.ones(len(some), 1)], 1).double()
+    latent = (rows.hidden[some].to(device).float() - head.mean_hidden) @ (metric @ directions)
+    tokens = torch.cat([embedding[rows.current[some].to(device)], embedding[rows.following[some].to(device)]], 1)
+    tokens = torch.cat([tokens, tokens.new_ones(len(some), 1)], 1).double()
     gram = tokens.T @ tokens
-    gram += torch.eye(len(gram), dtype=torch.float64) * gram.diagonal().mean() * 1e-3
+    gram.diagonal().add_(gram.diagonal().mean() * 1e-3)
     maps = torch.linalg.solve(gram, tokens.T @ latent.double())
     left = latent - (tokens @ maps).float()
-    covariance = torch.cov(left.T).reshape(width, width) + 1e-4 * torch.eye(width)
+    covariance = _covariance(left)
+    covariance.diagonal().add_(1e-4)
     n_in = n_inputs(width)
 
     def uniform(n_rows: int, n_columns: int) -> torch.Tensor:
@@ -170,20 +194,21 @@ def _initial_parameters(
         "output_map": torch.zeros(settings.hidden, width),
         "output_bias": torch.zeros(width),
         "head_map": directions,
-        "head_bias": mean_hidden.clone(),
+        "head_bias": head.mean_hidden,
     }
-    return {name: parameter.clone().requires_grad_() for name, parameter in parameters.items()}
+    return {name: parameter.to(device, copy=True).requires_grad_() for name, parameter in parameters.items()}
 
 
 def _train(
     rows: TailRows,
+    head: _Head,
     embedding: "Tensor",
     bias: "Tensor",
     column_weights: "Tensor",
     parameters: dict[str, "Tensor"],
     settings: TailFitSettings,
     generator: Any,
-    on_step: Callable[[int, int, float], Any] | None,
+    told: OnFit,
 ) -> None:
     import torch
 
@@ -199,19 +224,19 @@ def _train(
     likeliest = column_weights.argsort(descending=True)
     batches = _sequence_batches(starts, settings.batch_rows, generator)
     for step in range(1, steps + 1):
-        batch = drawn_batch(rows, starts, next(batches), settings.entries, generator)
-        columns = _Columns.drawn(likeliest, settings.columns, generator)
+        batch = drawn_batch(rows, starts, next(batches), settings.entries, generator, head.matrix.device)
+        columns = drawn_columns(head.matrix, head.bias, likeliest, settings.columns, generator)
         tensors = {"embedding": embedding, "embedding_bias": bias, **parameters}
         tensors["scaled_embedding"] = embedding @ parameters["factor"]
         latent = latent_mean(tensors, batch.inputs)[batch.at]
-        loss = columns.kl(rows, batch, latent @ parameters["head_map"].T + parameters["head_bias"])
+        predicted = latent @ parameters["head_map"].T + parameters["head_bias"]
+        _, gradient = tail_kl(columns, batch.hidden, batch.lse_1, batch.lse_2, batch.ids, predicted.detach())
         optimizer.zero_grad()
-        loss.backward()
+        predicted.backward(gradient)
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()
         schedule.step()
-        if on_step is not None:
-            on_step(step, steps, float(loss.detach()))
+        told("steps", step, steps)
 
 
 def _sequence_batches(starts: "Tensor", batch_rows: int, generator: Any) -> Any:
@@ -231,17 +256,31 @@ def _sequence_batches(starts: "Tensor", batch_rows: int, generator: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class DrawnBatch:
-    """inputs: as a decoder would see them. row [N]: which rows of the fit they are; at: their places (b, l) in inputs;
-    ids [N, K] int64, -1 for tokens that are not entries."""
+    """inputs: as a decoder would see them. at: the places (b, l) of the N rows in inputs. Of these rows: hidden [N, D]
+    float32, lse_1 and lse_2 [N], ids [N, K] int64, -1 for tokens that are not entries."""
 
     inputs: TailInputs
-    row: "Tensor"
     at: tuple["Tensor", "Tensor"]
+    hidden: "Tensor"
+    lse_1: "Tensor"
+    lse_2: "Tensor"
     ids: "Tensor"
+
+    @property
+    def weight(self) -> "Tensor":
+        """How much an error in a row's tail counts [N]: the mean of the tail's masses at T = 1 and T = 2."""
+        mass, half = self.inputs.tail_logmass[self.at], self.inputs.tail_logmoment_half[self.at]
+        total_half = self.lse_2 - self.lse_1 / 2
+        return (mass.exp() + (half - total_half).exp()) / 2
 
 
 def drawn_batch(
-    rows: TailRows, starts: "Tensor", sequences: list[int], entries: tuple[int, int], generator: Any
+    rows: TailRows,
+    starts: "Tensor",
+    sequences: list[int],
+    entries: tuple[int, int],
+    generator: Any,
+    device: Any = "cpu",
 ) -> DrawnBatch:
     """These sequences with a drawn number of entries, coarseness of values and, for some, only their ends stored."""
     import torch
@@ -263,7 +302,7 @@ def drawn_batch(
     first = torch.tensor([int(rows.position[part[0]]) for part in row])
     at = (b, rows.position[index] - first[b])
     ids, logps, mass, half = kept_entries(rows, index, n_entries, least_logp, step)
-    inputs = TailInputs(
+    placed = (
         _placed(rows.current[index], at, 0),
         _placed(rows.following[index], at, 0),
         _placed(ids, at, -1),
@@ -271,7 +310,16 @@ def drawn_batch(
         _placed(mass, at, math.nan),
         _placed(half, at, math.nan),
     )
-    return DrawnBatch(inputs, index, at, ids)
+    of_rows = rows.hidden[index], rows.lse_1[index], rows.lse_2[index], ids
+    hidden_ND, lse_1, lse_2, ids = (tensor.to(device) for tensor in of_rows)
+    return DrawnBatch(
+        inputs=TailInputs(*(tensor.to(device) for tensor in placed)),
+        at=(at[0].to(device), at[1].to(device)),
+        hidden=hidden_ND.float(),
+        lse_1=lse_1,
+        lse_2=lse_2,
+        ids=ids,
+    )
 
 
 def _placed(values: "Tensor", at: tuple["Tensor", "Tensor"], pad: float) -> "Tensor":
@@ -300,65 +348,15 @@ def kept_entries(
     return torch.where(keep, rows.ids[index, :n_entries].long(), -1), logps, mass, half
 
 
-@dataclass(frozen=True, eq=False)
-class _Columns:
-    """ids [M] of the tokens of a step; log_weight [M]: how many tokens each stands for; place [V]: -1 if not there."""
-
-    ids: "Tensor"
-    log_weight: "Tensor"
-    place: "Tensor"
-
-    @classmethod
-    def drawn(cls, likeliest: "Tensor", n_columns: int, generator: Any) -> "_Columns":
-        import torch
-
-        vocab_size = len(likeliest)
-        n_columns = min(n_columns, vocab_size)
-        n_always = n_columns // 2 if n_columns < vocab_size else vocab_size
-        others = likeliest[n_always:]
-        drawn = others[torch.randperm(len(others), generator=generator)[: n_columns - n_always]]
-        log_weight = torch.zeros(n_columns)
-        if len(drawn):
-            log_weight[n_always:] = math.log(len(others) / len(drawn))
-        ids = torch.cat([likeliest[:n_always], drawn])
-        place = torch.full((vocab_size,), -1)
-        place[ids] = torch.arange(n_columns)
-        return cls(ids, log_weight, place)
-
-    def kl(self, rows: TailRows, batch: DrawnBatch, hidden: "Tensor") -> "Tensor":
-        """Mean KL of the tails at T = 1 and T = 2, added, of predicted hidden states [N, D], the head exact."""
-        import torch
-
-        head = rows.lm_head[self.ids]
-        bias = rows.bias[self.ids]
-        place = torch.where(batch.ids >= 0, self.place[batch.ids.clamp(min=0)], -1)
-        entry = torch.nonzero(place >= 0)
-        at = (entry[:, 0], place[entry[:, 0], entry[:, 1]])
-        with torch.no_grad():
-            teacher = rows.hidden[batch.row].float() @ head.T + bias
-            teacher[at] = -math.inf
-        student = hidden @ head.T + bias
-        is_entry = torch.zeros_like(teacher, dtype=torch.bool)
-        is_entry[at] = True
-        total = 0.0
-        for temperature, lse in ((1.0, rows.lse_1), (2.0, rows.lse_2)):
-            with torch.no_grad():
-                log_p = teacher / temperature + self.log_weight
-                p = (log_p - lse[batch.row][:, None]).exp()
-                entropy = (p * torch.where(is_entry, 0.0, log_p - log_p.logsumexp(1, keepdim=True))).sum(1)
-                mass = p.sum(1)
-            log_q = (student / temperature + self.log_weight).masked_fill(is_entry, -1e30)
-            total = total + (entropy - (p * log_q).sum(1) + mass * log_q.logsumexp(1)).mean()
-        return total
-
-
 def _in_residual_basis(
     rows: TailRows,
+    head: _Head,
     embedding: "Tensor",
     bias: "Tensor",
     fisher: TailFisher,
     parameters: dict[str, "Tensor"],
     generator: Any,
+    told: OnFit,
 ) -> TailModel:
     """The trained model with its output in the directions of the head, the ones that it predicts worst first."""
     import torch
@@ -367,29 +365,28 @@ def _in_residual_basis(
     tensors["scaled_embedding"] = embedding @ tensors["factor"]
     starts = torch.searchsorted(rows.sequence, torch.arange(rows.n_sequences + 1))
     root, inverse_root = _roots(fisher.metric)
-    left = []
-    n_left = 0
+    left: list[torch.Tensor] = []
+    n_left, n_rows = 0, min(rows.n_rows, BASIS_ROWS)
     with torch.no_grad():
         for sequence in torch.randperm(rows.n_sequences, generator=generator).tolist():
-            batch = drawn_batch(rows, starts, [sequence], (16, 16), generator)
+            batch = drawn_batch(rows, starts, [sequence], (16, 16), generator, head.matrix.device)
             latent = latent_mean(tensors, batch.inputs)[batch.at]
-            error = rows.hidden[batch.row].float() - latent @ tensors["head_map"].T - tensors["head_bias"]
-            weight = tail_weight(
-                rows, batch.row, batch.inputs.tail_logmass[batch.at], batch.inputs.tail_logmoment_half[batch.at]
-            )
-            left.append((error @ root) * weight.sqrt()[:, None])
+            error = batch.hidden - latent @ tensors["head_map"].T - tensors["head_bias"]
+            left.append((error @ root) * batch.weight.sqrt()[:, None])
             n_left += len(error)
-            if n_left > 50_000:
+            told("basis", min(n_left, n_rows), n_rows)
+            if n_left > n_rows:
                 break
+    told("basis", n_rows, n_rows)
     residual = torch.cat(left)
     _, vectors = torch.linalg.eigh((residual.T @ residual).double() / len(residual))
-    rank = min(rows.lm_head.shape[1], MOST_COEFS)
+    rank = min(head.matrix.shape[1], MOST_COEFS)
     directions = vectors.flip(1)[:, :rank].float()
-    basis = _as_half(rows.lm_head @ (inverse_root @ directions))
+    basis = _as_half(head.matrix @ (inverse_root @ directions))
     to_coefs = (root @ directions) * (basis != 0).any(0)
     arrays = {
         "basis": basis,
-        "bias": rows.bias,
+        "bias": head.bias,
         "embedding": embedding.half(),
         "column_weights": fisher.column_weights,
         "coefs_map": tensors["head_map"].T @ to_coefs,
@@ -398,7 +395,7 @@ def _in_residual_basis(
     names = [name for name in TRAINED if name not in ("head_map", "head_bias")]
     arrays |= {name: tensors[name] for name in names}
     arrays["embedding_bias"] = bias
-    return TailModel({name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()})
+    return TailModel({name: np.ascontiguousarray(array.cpu().numpy()) for name, array in arrays.items()})
 
 
 def _as_half(columns: "Tensor") -> "Tensor":
@@ -411,9 +408,3 @@ def _some(n: int, most: int, generator: Any) -> "Tensor":
     import torch
 
     return torch.randperm(n, generator=generator)[:most]
-
-
-def tail_weight(rows: TailRows, index: "Tensor", mass: "Tensor", half: "Tensor") -> "Tensor":
-    """How much an error in a row's tail counts [N]: the mean of the tail's masses at T = 1 and T = 2."""
-    total_half = rows.lse_2[index] - rows.lse_1[index] / 2
-    return (mass.exp() + (half - total_half).exp()) / 2

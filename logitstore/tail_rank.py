@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore.tail_fit import drawn_batch, tail_weight
+from logitstore.tail_fit import drawn_batch
 from logitstore.tail_model import TailModel, model_tensors, predicted_coefs
 from logitstore.tail_rows import TailRows
 
@@ -69,11 +69,10 @@ def _second_moments(model: TailModel, rows: TailRows, generator: Any) -> tuple["
         for sequence in torch.randperm(rows.n_sequences, generator=generator).tolist():
             batch = drawn_batch(rows, starts, [sequence], (N_ENTRIES, N_ENTRIES), generator)
             coefs = predicted_coefs(tensors, batch.inputs)[batch.at]
-            teacher = (rows.hidden[batch.row].float() - offset.float()) @ to_coefs
-            moments = batch.inputs.tail_logmass[batch.at], batch.inputs.tail_logmoment_half[batch.at]
+            teacher = (batch.hidden - offset.float()) @ to_coefs
             predicted.append(coefs)
             left.append(teacher - coefs)
-            weights.append(tail_weight(rows, batch.row, *moments))
+            weights.append(batch.weight)
             n_rows += len(coefs)
             if n_rows >= MEASURED_ROWS:
                 break

@@ -23,7 +23,7 @@ import numpy as np
 import zstandard
 from logitstore_trainer.bench.budgets import QUICK_FITTED_ROWS, prepared
 from logitstore_trainer.bench.environment import environment, write_json
-from logitstore_trainer.bench.fidelity import divergences_from, teacher_logprobs
+from logitstore_trainer.bench.fidelity import TeacherRows, divergences_from
 from logitstore_trainer.bench.logits_file import LogitsFile, LogitsSample
 from logitstore_trainer.cli import one_line_errors
 from logitstore_trainer.plan.plan import Prepared
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Fits once and answers one question after the other."""
     fit = LogitsFile(args.rows / "fit.safetensors")
     kinds = {name: LogitsFile(args.rows / f"measured-{name}.safetensors") for name in KINDS}
-    sample = prepared(fit, range(len(fit)), quick=args.quick, cache=FitCache(default_cache_folder(), print))
+    choose_on = [LogitsFile(args.rows / f"choose-{name}.safetensors") for name in KINDS]
+    sample = prepared(fit, range(len(fit)), choose_on, quick=args.quick, cache=FitCache(default_cache_folder(), print))
     answers: dict[str, Any] = {
         "rows_fitted": sample.rows.n_rows,
         "ids": ids_answer(sample, kinds),
@@ -142,10 +143,10 @@ def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str
         for number in np.linspace(0, len(file) - 1, TEXTS_OF_A_KIND).astype(int).tolist():
             text = file[number]
             n_rows = len(text.input_ids) - 1
-            teacher = {t: teacher_logprobs(text.logits, n_rows, file.vocab_size, t) for t in (1.0, 2.0)}
+            teacher = {t: TeacherRows.of(text.logits, n_rows, file.vocab_size, t) for t in (1.0, 2.0)}
             for key, codec in codecs.items():
                 targets = codec.targets_from_logits(text.logits, text.input_ids)
-                kls = [divergences_from(logp, targets.dense_logprobs(t)).kl.sum() for t, logp in teacher.items()]
+                kls = [divergences_from(of, targets.dense_logprobs(t)).kl.sum() for t, of in teacher.items()]
                 sums[key] += (len(codec.encode(targets, text.input_ids)), *kls, n_rows)
     return [
         {
@@ -172,7 +173,7 @@ def sampling_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> dict[str,
         for number in np.linspace(0, len(file) - 1, TEXTS_OF_A_KIND).astype(int).tolist():
             text = file[number]
             targets = codec.targets_from_logits(text.logits, text.input_ids)
-            p_RV = teacher_logprobs(text.logits, targets.n_rows, file.vocab_size, 1.0).exp().numpy()
+            p_RV = TeacherRows.of(text.logits, targets.n_rows, file.vocab_size, 1.0).p.numpy()
             left_RV = p_RV - np.exp(targets.dense_logprobs(), dtype=np.float64)
             row = np.repeat(np.arange(targets.n_rows), targets.counts)
             p_RV[row, targets.ids] = left_RV[row, targets.ids] = 0  # both keep the head

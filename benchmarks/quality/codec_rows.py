@@ -1,14 +1,16 @@
-"""Teacher rows to fit codecs on and to measure them on: SmolLM2-135M-Instruct over four kinds of text.
+"""Teacher rows to fit codecs on, to measure them on and to train students on: SmolLM2-135M-Instruct over four kinds of
+text.
 
     python benchmarks/quality/codec_rows.py --out codec-rows
 
 Text becomes one stream of tokens a kind, documents closed by end-of-text, cut into sequences of 256 tokens. Three
-kinds are in the fit (fit.safetensors): GSM8K train, instructions-train and one half of Python's documentation. Four
-are measured, each in a file of its own: GSM8K eval, instructions-eval, the other half of the documentation, and
-Python source, which is in no fit. The documentation is split by the SHA-256 of the paragraph, repeats dropped; of the
-others a text that shares a paragraph of four words or more with any text of the fit is not measured (half of
-instructions-eval quotes what instructions-train quotes). It takes about ten minutes on two cores; files that are there
-are kept.
+kinds are fitted on (fit.safetensors): GSM8K train, instructions-train and one half of Python's documentation; a fifth
+of that half, and what the other two have left, is for choosing among codecs (choose-*.safetensors). Four are measured
+(measured-*.safetensors): GSM8K eval, instructions-eval, the other half of the documentation, and Python source, which
+is in no fit. The documentation is split by the SHA-256 of the paragraph, repeats dropped; of the others a text that
+shares a paragraph of four words or more with a text of the fit is left out (half of instructions-eval quotes what
+instructions-train quotes). Students train on the GSM8K train and instructions-train that follow what is fitted on
+(train.safetensors). It takes about ten minutes on two cores; files that are there are kept.
 
 Each file is what `logitstore bench storage` reads: the hidden states and the head of the teacher in float16.
 """
@@ -18,7 +20,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -34,8 +36,11 @@ from safetensors.torch import save_file
 
 LENGTH = 256
 BATCH_SIZE = 8
-FIT_SEQUENCES = {"gsm8k": 310, "instructions": 310, "documentation": 164}
+FIT_SEQUENCES = {"gsm8k": 324, "instructions": 324, "documentation": 134}  # 199,410 rows
+TRAIN_SEQUENCES = 320  # of each of two kinds: 163,200 rows
+CHOOSE_SEQUENCES = 30
 MEASURED_SEQUENCES = 33
+CHOOSE_SHARE = 0.2
 LEAST_WORDS = 4
 SOURCE_MODULES = ("argparse", "ast", "dataclasses", "email.message", "fractions", "heapq", "ipaddress", "json.encoder")
 
@@ -53,39 +58,81 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Fits the text to sequences, runs the teacher over them and writes what is missing."""
     args.out.mkdir(parents=True, exist_ok=True)
-    documents = {"fit": fit_documents(args.data), **{f"measured-{k}": {k: d} for k, d in measured_documents(args.data)}}
+    documents = {"fit": fit_documents(args.data)}
+    documents["train"] = {kind: texts for kind, texts in documents["fit"].items() if kind != "documentation"}
+    documents |= {f"choose-{kind}": {kind: texts} for kind, texts in choose_documents(args.data)}
+    documents |= {f"measured-{kind}": {kind: texts} for kind, texts in measured_documents(args.data)}
     missing = {name: kinds for name, kinds in documents.items() if not (args.out / f"{name}.safetensors").is_file()}
     if not missing:
         print(f"all {len(documents)} files are in {args.out}")
         return 0
     teacher = load_teacher(args.teacher or str(fetched_teacher(args.out)), dtype="float32", device="cpu")
     for name, kinds in missing.items():
-        counts = FIT_SEQUENCES if name == "fit" else dict.fromkeys(kinds, MEASURED_SEQUENCES)
-        parts = [sequences(texts, teacher, counts[kind], f"{name}, {kind}") for kind, texts in kinds.items()]
+        parts = []
+        for kind, texts in kinds.items():
+            first, n_sequences = _which_sequences(name, kind)
+            stream = sequences(texts, teacher, first + n_sequences, f"{name}, {kind}")
+            parts.append(stream[first:])
         write_rows(args.out / f"{name}.safetensors", teacher, np.concatenate(parts), name)
     return 0
 
 
-def fit_documents(data: Path) -> dict[str, Iterable[str]]:
+def _which_sequences(name: str, kind: str) -> tuple[int, int]:
+    """(first, how many) of the sequences of a kind's stream that go into a file."""
+    if name == "train":
+        return FIT_SEQUENCES[kind], TRAIN_SEQUENCES
+    if name == "fit":
+        return 0, FIT_SEQUENCES[kind]
+    return 0, CHOOSE_SEQUENCES if name.startswith("choose") else MEASURED_SEQUENCES
+
+
+def fit_documents(data: Path) -> dict[str, Sequence[str]]:
     """{kind: texts} of everything that may be fitted on."""
     return {
-        "gsm8k": prompts_and_completions(data / "gsm8k-train.jsonl"),
-        "instructions": prompts_and_completions(data / "instructions-train.jsonl"),
-        "documentation": documentation(fit_half=True),
+        "gsm8k": _split(prompts_and_completions(data / "gsm8k-train.jsonl"))[0],
+        "instructions": _split(prompts_and_completions(data / "instructions-train.jsonl"))[0],
+        "documentation": documentation(0.5 + CHOOSE_SHARE / 2, 1.0),
     }
 
 
-def measured_documents(data: Path) -> Iterator[tuple[str, Iterable[str]]]:
-    """(kind, texts) of everything that is measured: no text that shares a passage with what may be fitted on."""
-    fitted = set().union(*(passages(texts) for texts in fit_documents(data).values()))
+def choose_documents(data: Path) -> Iterator[tuple[str, Sequence[str]]]:
+    """(kind, texts) for choosing among codecs: no text that shares a passage with what may be fitted on."""
+    fitted = passages_of_kinds(fit_documents(data))
+    rest = {
+        "gsm8k": _split(prompts_and_completions(data / "gsm8k-train.jsonl"))[1],
+        "instructions": _split(prompts_and_completions(data / "instructions-train.jsonl"))[1],
+        "documentation": documentation(0.5, 0.5 + CHOOSE_SHARE / 2),
+    }
+    for kind, texts in rest.items():
+        yield kind, _without(texts, fitted)
+
+
+def measured_documents(data: Path) -> Iterator[tuple[str, Sequence[str]]]:
+    """(kind, texts) of everything that is measured: no text that shares a passage with what is fitted or chosen on."""
+    seen = passages_of_kinds(fit_documents(data)) | passages_of_kinds(dict(choose_documents(data)))
     measured = {
         "gsm8k": prompts_and_completions(data / "gsm8k-eval.jsonl"),
         "instructions": prompts_and_completions(data / "instructions-eval.jsonl"),
-        "documentation": documentation(fit_half=False),
+        "documentation": documentation(0.0, 0.5),
         "source": python_source(),
     }
     for kind, texts in measured.items():
-        yield kind, [text for text in texts if not passages([text]) & fitted]
+        yield kind, _without(texts, seen)
+
+
+def passages_of_kinds(documents: Mapping[str, Iterable[str]]) -> set[str]:
+    """The passages of all texts of all kinds."""
+    return set().union(*(passages(texts) for texts in documents.values()))
+
+
+def _split(texts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """(for the fit, for choosing)."""
+    n_fit = round(len(texts) * (1 - CHOOSE_SHARE))
+    return texts[:n_fit], texts[n_fit:]
+
+
+def _without(texts: Iterable[str], seen: set[str]) -> list[str]:
+    return [text for text in texts if not passages([text]) & seen]
 
 
 def passages(texts: Iterable[str]) -> set[str]:
@@ -104,15 +151,18 @@ def prompts_and_completions(path: Path) -> list[str]:
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
-def documentation(*, fit_half: bool) -> list[str]:
-    """The distinct paragraphs of one half of Python's documentation, page by page; equal words are one paragraph."""
+def documentation(low: float, high: float) -> list[str]:
+    """The distinct paragraphs of Python's documentation whose hash, as a fraction, is in [low, high), page by page.
+
+    Equal words are one paragraph.
+    """
     seen: set[str] = set()
     pages = []
     for _, page in sorted(python_documentation().items()):
         kept = []
         for paragraph in paragraphs(page):
             words = " ".join(paragraph.split())
-            if words not in seen and is_held_out(paragraph, 0.5) != fit_half:
+            if words not in seen and is_held_out(paragraph, high) and not is_held_out(paragraph, low):
                 kept.append(paragraph)
             seen.add(words)
         if kept:

@@ -110,6 +110,7 @@ def test_made_up_and_few_rows_are_not_planned_for(tmp_path, capsys) -> None:
     ("words", "message"),
     [
         (["--unseen", "x.safetensors"], "--unseen needs --logits"),
+        (["--choose-on", "x.safetensors"], "--choose-on needs --logits"),
         (["--logits", "a.safetensors", "b.safetensors"], "several files of logits need --calibration"),
         (["--logits", "a.safetensors", "x/a.safetensors", "--calibration", "f"], "need different names"),
         (["--logits", "a.safetensors", "--budgets", "0"], "--budgets are bytes a token, above 0; got 0"),

@@ -24,16 +24,19 @@ def codec_rows():
     return module
 
 
-def test_no_paragraph_of_the_documentation_is_in_both_halves(codec_rows) -> None:
-    fit, measured = (codec_rows.passages(codec_rows.documentation(fit_half=half)) for half in (True, False))
+def test_no_paragraph_of_the_documentation_is_in_two_parts(codec_rows) -> None:
+    fit, choose, measured = (
+        codec_rows.passages(codec_rows.documentation(*part)) for part in ((0.6, 1.0), (0.5, 0.6), (0.0, 0.5))
+    )
     assert min(len(fit), len(measured)) > 500
-    assert fit & measured == set()
+    assert len(choose) > 100
+    assert fit & measured == fit & choose == choose & measured == set()
 
 
 def test_source_that_no_fit_sees_is_in_no_paragraph_of_the_documentation(codec_rows) -> None:
     source = codec_rows.passages(codec_rows.python_source())
     assert len(source) > 1000
-    assert source & codec_rows.passages(codec_rows.documentation(fit_half=True)) == set()
+    assert source & codec_rows.passages(codec_rows.documentation(0.5, 1.0)) == set()
 
 
 def test_passages_are_paragraphs_of_four_words_or_more_whatever_their_spaces(codec_rows) -> None:
@@ -42,10 +45,15 @@ def test_passages_are_paragraphs_of_four_words_or_more_whatever_their_spaces(cod
 
 @pytest.mark.shared
 @pytest.mark.skipif(not DATA.is_dir(), reason="the text of the other kinds is not beside this checkout")
-def test_no_measured_paragraph_of_any_kind_is_in_the_fit(codec_rows) -> None:
-    fit = set().union(*(codec_rows.passages(texts) for texts in codec_rows.fit_documents(DATA).values()))
+def test_no_measured_paragraph_of_any_kind_is_in_what_is_fitted_or_chosen_on(codec_rows) -> None:
+    fit = codec_rows.passages_of_kinds(codec_rows.fit_documents(DATA))
+    choose = dict(codec_rows.choose_documents(DATA))
+    for kind, texts in choose.items():
+        assert len(texts) > 5, kind
+    chosen_on = codec_rows.passages_of_kinds(choose)
+    assert chosen_on & fit == set()
     for kind, texts in codec_rows.measured_documents(DATA):
         assert len(texts) > 5, kind
-        assert codec_rows.passages(texts) & fit == set(), kind
+        assert codec_rows.passages(texts) & (fit | chosen_on) == set(), kind
     shared = codec_rows.passages(codec_rows.prompts_and_completions(DATA / "instructions-eval.jsonl")) & fit
     assert shared  # what there is to leave out

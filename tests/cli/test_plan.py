@@ -20,15 +20,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import logitstore
+from logitstore.logits_source import FactoredLogits
 
 
 @pytest.fixture(scope="module")
 def logits_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("sample") / "sample.safetensors"
-    samples = teacher_samples(0, 30, 30)
+    return _saved(tmp_path_factory.mktemp("sample") / "sample.safetensors", teacher_samples(0, 30, 30))
+
+
+def _saved(path: Path, samples: list) -> Path:
     tensors = {
         "input_ids": torch.from_numpy(np.concatenate([ids for _, ids, _ in samples]).astype(np.int32)),
-        "sample_lengths": torch.full((30,), 30, dtype=torch.int32),
+        "sample_lengths": torch.tensor([len(ids) for _, ids, _ in samples], dtype=torch.int32),
         "hidden": torch.from_numpy(np.concatenate([logits.hidden for logits, _, _ in samples])),
         "lm_head": torch.from_numpy(samples[0][0].lm_head.copy()),
     }
@@ -155,6 +158,45 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logitstore_trainer.plan.plan.RESIDUAL", ())
     predicted = {"head": "log", "k": 64, "min_prob": 0.002, "tail": "predicted", "tail_step": 0.13}
     monkeypatch.setattr("logitstore_trainer.plan.plan.PREDICTED", (predicted,))
+
+
+def test_codecs_are_chosen_on_other_files_of_which_each_counts_the_same(
+    logits_file: Path, tmp_path: Path, few_candidates
+) -> None:
+    """KL and bytes are those of the other files' texts; every text of the sample is fitted on."""
+    kinds = [teacher_samples(5, 12, 20), teacher_samples(6, 3, 50)]
+    files = [_saved(tmp_path / f"kind-{i}.safetensors", samples) for i, samples in enumerate(kinds)]
+    arguments = ["--choose-on", *map(str, files), "--max-kl", "5", "--rows", "180", "--out", str(tmp_path / "plan")]
+    assert main(["plan", "--logits", str(logits_file), *arguments]) == 0
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert plan["facts"]["rows_fitted"] == 30 * 29
+    assert plan["facts"]["chosen_on"] == ["kind-0.safetensors", "kind-1.safetensors"]
+    measured = [*kinds[0][::2][:5], *kinds[1][:2]]  # of about 90 rows each
+    assert plan["facts"]["rows_measured"] == 5 * 19 + 2 * 49
+    codec = logitstore.make_codec("topk", vocab_size=V, k=8)
+    n_bytes = [len(codec.encode(codec.targets_from_logits(*text), text[1])) for text in (*kinds[0], *kinds[1])]
+    assert plan["results"][0]["config"]["k"] == 8
+    assert plan["results"][0]["bytes_per_token"] == pytest.approx(sum(n_bytes) / (12 * 19 + 3 * 49), rel=2e-3)
+    errors = np.std(n_bytes[:12], ddof=1) * np.sqrt(12), np.std(n_bytes[12:], ddof=1) * np.sqrt(3)
+    assert plan["results"][0]["bytes_per_token_se"] == pytest.approx(np.hypot(*errors) / (12 * 19 + 3 * 49), rel=0.05)
+    kl = 0.0
+    for logits, ids, _ in measured:
+        z = logits.hidden.astype(np.float64)[:-1] @ logits.lm_head.astype(np.float64).T
+        log_p = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+        read = codec.decode(codec.encode(codec.targets_from_logits(logits, ids), ids), ids)
+        kl += float((np.exp(log_p) * (log_p - read.dense_logprobs())).sum())
+    assert plan["results"][0]["kl"]["1"] == pytest.approx(kl / (5 * 19 + 2 * 49), rel=1e-4)
+
+
+def test_a_file_of_another_teacher_to_choose_on_gets_one_line(
+    logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    samples = [(FactoredLogits(logits.hidden, logits.lm_head[:300]), ids % 300, None) for logits, ids, _ in
+               teacher_samples(5, 3, 20)]  # fmt: skip
+    other = _saved(tmp_path / "other.safetensors", samples)
+    assert main(["plan", "--logits", str(logits_file), "--choose-on", str(other), "--max-kl", "1"]) == 2
+    message = "sample.safetensors has a vocabulary of 307, other.safetensors of 300; a plan is made for one teacher"
+    assert message in capsys.readouterr().err
 
 
 def test_a_teacher_and_prompts_give_the_plan_that_their_logits_would(

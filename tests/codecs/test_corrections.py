@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from logitstore.corrections import (
-    DEAD_ZONE,
     FIRST_CODED,
     N_CLASSES,
     N_CONTEXTS,
+    SQUARES_A_BIT,
     CorrectionTables,
     fit_corrections,
     row_classes,
     undo_zigzag,
     zigzag,
 )
+from logitstore.entropy_code import cost_bits
 from logitstore.errors import CorruptionError
 
 SPREAD = np.array([4.0, 2.0, 1.0, 0.5, 0.1, 0.01])
@@ -40,9 +41,39 @@ def test_coded_errors_come_back_within_a_step_of_their_row() -> None:
     coded = tables.contexts[classes] >= FIRST_CODED
     left = np.abs(fresh[:, : tables.width] - back) / row_step[:, None]
     assert left[coded & (steps != 0)].max() < 1.0
-    assert left[coded & (steps == 0)].max() <= 0.5 + DEAD_ZONE + 1e-5
+    first_steps = tables.first_steps[tables.contexts[classes]]
+    assert np.all((left <= first_steps + 1e-5)[coded & (steps == 0)])
+    assert first_steps[coded].max() < 1.0
     assert np.all(back[~coded] == 0)
     np.testing.assert_allclose(row_step[classes == 5].mean() / row_step[classes == 9].mean(), 2.0, rtol=0.02)
+
+
+def test_no_other_threshold_gives_less_error_and_bits_together() -> None:
+    errors, weights, classes = some_errors(0)
+    tables = fit_corrections(1.0, errors, weights, classes)
+    fresh, _, classes = some_errors(1)
+    scaled = (fresh * np.sqrt(tables.weights[classes])[:, None])[:, : tables.width]
+
+    def squares_and_price(threshold: float | None) -> float:
+        other = replace(tables)
+        if threshold is not None:
+            other.__dict__["first_steps"] = np.full(N_CONTEXTS, threshold, np.float32)
+        steps = other.quantised(fresh, classes)
+        back = other.corrections(steps, classes) * np.sqrt(tables.weights[classes])[:, None]
+        bits = cost_bits(other.symbols, other.numbers(steps, classes), other.coded_contexts(classes))
+        return float(np.square(scaled - back).sum()) + SQUARES_A_BIT * bits
+
+    assert squares_and_price(None) < min(squares_and_price(threshold) for threshold in (0.5, 0.6, 0.665, 0.7, 0.8, 0.9))
+
+
+def test_what_was_put_back_is_rounded_to_the_same_steps() -> None:
+    errors, weights, classes = some_errors(0)
+    for step in (0.1, 0.5, 2.0):
+        tables = fit_corrections(step, errors, weights, classes)
+        steps = tables.quantised(errors, classes)
+        back = np.zeros_like(errors)
+        back[:, : tables.width] = tables.corrections(steps, classes)
+        np.testing.assert_array_equal(tables.quantised(back, classes), steps)
 
 
 def test_smaller_steps_leave_less_and_code_more_directions() -> None:

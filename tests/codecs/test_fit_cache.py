@@ -66,7 +66,7 @@ def test_the_hash_depends_on_the_settings_and_on_the_code_of_the_fit(
     assert fit_sha256(rows, replace(QUICK, seed=1)) != before
     assert fit_sha256(rows, replace(QUICK, lr=1e-3)) != before
     source = fit_cache.inspect.getsource
-    for module in ("tail_fit", "tail_model"):
+    for module in ("tail_fit", "tail_loss", "tail_model"):
         with monkeypatch.context() as patch:
             patch.setattr(
                 "logitstore.fit_cache.inspect.getsource",
@@ -159,12 +159,16 @@ def test_calibrate_prints_nothing(capfd: pytest.CaptureFixture) -> None:
 
 def test_progress_of_a_residual_codec_and_of_more_than_64_entries() -> None:
     logits, ids, _ = map(list, zip(*teacher_samples(0, 3), strict=True))
-    for options, stages in (({"k": 70}, {"rows"}), ({"k": 70, "tail": "predicted"}, {"rows", "steps", "rows again"})):
+    fit = {"metric", "steps", "basis"}
+    for options, stages in (({}, {"rows"}), ({"tail": "predicted"}, {"rows", *fit, "rows again"})):
         calls: list[tuple[str, int, int | None]] = []
-        codec = logitstore.make_codec("topk", vocab_size=V, head="log", **options)
+        codec = logitstore.make_codec("topk", vocab_size=V, head="log", k=70, **options)
         logitstore.calibrate(codec, logits, ids, on_progress=lambda *call, calls=calls: calls.append(call))
         assert {stage for stage, _, _ in calls} == stages
         assert ("rows", 3 * 39, None) in calls
+        for stage in stages & fit:  # each ends at its total
+            done, total = [call[1:] for call in calls if call[0] == stage][-1]
+            assert done == total
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

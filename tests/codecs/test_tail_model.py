@@ -71,6 +71,20 @@ def test_equal_seeds_give_equal_models_and_others_do_not(rows: TailRows) -> None
     assert np.abs(other.arrays["hidden_map"] - first.arrays["hidden_map"]).max() > 0.01
 
 
+def test_a_fit_stays_on_its_device(rows: TailRows) -> None:
+    """torch's device without data takes every operation of a fit: nothing is mixed with the processor's tensors, no
+    value is read back before the arrays of the finished model are."""
+    stages: dict[str, tuple[int, int]] = {}
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        stages[stage] = done, total
+
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        fit_tail_model(rows, replace(SETTINGS, rows_seen=500), device="meta", on_progress=on_progress)
+    assert list(stages) == ["metric", "steps", "basis"]
+    assert all(done == total for done, total in stages.values())
+
+
 def test_full_logits_serve_where_the_teacher_gives_no_head() -> None:
     model = fit_tail_model(tail_rows(teacher_samples(0, 150, full=True), V), SETTINGS)
     others = teacher_samples(1, 10)

@@ -19,7 +19,9 @@ _QUIET_S = 2.0
 FIT_STAGES = {
     "rows": ("read the sample", "rows"),
     "rows again": ("read it again", "rows"),
+    "metric": ("weigh the tails", "rows"),
     "steps": ("fit the tail model", "steps"),
+    "basis": ("order the directions", "rows"),
     "texts": ("fit the corrections", "texts"),
 }
 

@@ -1,7 +1,7 @@
 """The codecs that `plan` picks for budgets of bytes, and what they are compared with: the same heads, tails uniform.
 
-Everything is fitted once, on four of five samples of the fitting file; the fifth ones decide which configuration a
-budget gets. No measured row is looked at.
+Everything is fitted once. Which configuration a budget gets is decided on files of other text, where there are some,
+else on every fifth sample of the fitting file, which is then not fitted on. No measured row is looked at.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from logitstore_trainer.plan.plan import Prepared, measured_candidates, prepare
 from logitstore_trainer.plan.sample import SampleRows
 
 LEAST_ROWS = 2000  # fewer cannot tell a good tail from a bad one
-DECIDING_ROWS, QUICK_DECIDING_ROWS = 2040, 510
+DECIDING_ROWS, QUICK_DECIDING_ROWS = 1020, 510
 QUICK_FITTED_ROWS, QUICK_ROWS_SEEN = 40_000, 200_000
 
 
@@ -59,14 +59,22 @@ class _SomeTexts:
         return SampleRows(sample.logits, sample.input_ids, None)
 
 
-def prepared(file: LogitsFile, samples: Sequence[int], *, quick: bool, cache: FitCache | None = None) -> Prepared:
+def prepared(
+    file: LogitsFile,
+    samples: Sequence[int],
+    choose_on: Sequence[LogitsFile] = (),
+    *,
+    quick: bool,
+    cache: FitCache | None = None,
+) -> Prepared:
     """Reads and fits, or finds the fit in the cache; quick: on fewer rows, spread over the samples."""
+    others = [_SomeTexts(other, range(len(other))) for other in choose_on]
     if not quick:
-        return prepare(_SomeTexts(file, samples), n_rows=DECIDING_ROWS, cache=cache)
+        return prepare(_SomeTexts(file, samples), choose_on=others, n_rows=DECIDING_ROWS, cache=cache)
     total = int((file.sample_lengths[list(samples)] - 1).sum())
     some = _SomeTexts(file, samples[:: max(1, total // QUICK_FITTED_ROWS)])
     settings = TailFitSettings(rows_seen=QUICK_ROWS_SEEN)
-    return prepare(some, n_rows=QUICK_DECIDING_ROWS, settings=settings, cache=cache)
+    return prepare(some, choose_on=others, n_rows=QUICK_DECIDING_ROWS, settings=settings, cache=cache)
 
 
 def planned_codecs(sample: Prepared, budgets: Sequence[float]) -> Iterator[Planned]:

@@ -30,7 +30,8 @@ class Candidate(Protocol):
     codec and config name it in results.json; temperatures are those at which its rows say something; budget: the bytes
     a token that it was chosen for, None where it was not. add() encodes and decodes the sample, on one core, and
     returns what can be read back; the reduction from logits to what encode takes is not timed, it is the same for
-    everyone. decoded: the last sample as targets of ours, None for others. open() starts anew.
+    everyone. decoded: the last sample as targets of ours, None for others. reads_hidden: whether add() wants hidden
+    states and head where the file has them; others get full logits, multiplied out once for all. open() starts anew.
     """
 
     codec: str
@@ -39,6 +40,7 @@ class Candidate(Protocol):
     temperatures: tuple[float, ...]
     budget: float | None
     decoded: TeacherTargets | None
+    reads_hidden: bool
 
     def open(self, folder: Path) -> None: ...
 
@@ -58,8 +60,10 @@ class StoreCandidate:
     temperatures: tuple[float, ...] = TEMPERATURES
     budget: float | None = None
     decoded: TeacherTargets | None = None
+    reads_hidden: bool = False
 
     def __post_init__(self) -> None:
+        self.reads_hidden = self.made.tail == "predicted"
         self.config = dict(self.made.config)
         self.codec = str(self.config.pop("name"))
         if self.made.tables is not None:

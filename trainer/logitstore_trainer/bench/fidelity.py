@@ -1,7 +1,7 @@
 """How far what a store stands for is from the teacher: KL, total variation, squared error, and their error bars.
 
 KL is computed in float64 from the teacher's logits. `row_divergences` goes in row chunks, so that [L, V] float64 never
-exists; `teacher_logprobs` holds it, 8 bytes a logit, for many comparisons with one teacher.
+exists; `TeacherRows` holds what many comparisons with one teacher share, 20 bytes a logit.
 
 Letters: L sequence length, R rows (L - 1 of a whole sample), S sequences, V vocabulary. T is the temperature.
 """
@@ -36,6 +36,31 @@ class RowDivergences(NamedTuple):
     squared: Float64
 
 
+class TeacherRows(NamedTuple):
+    """The teacher's rows at one temperature, as tensors: logp = ln p_T and p [R, V] float64, p_single [R, V] float32,
+    entropy [R] float64."""
+
+    logp: "Tensor"
+    p: "Tensor"
+    p_single: "Tensor"
+    entropy: "Tensor"
+
+    @classmethod
+    def of(cls, logits: Any, n_rows: int, vocab_size: int, temperature: float) -> "TeacherRows":
+        """Of the first R rows of the teacher's logits. Raises ValueError as row_divergences does."""
+        import torch
+
+        return cls.from_logprobs(torch.cat(list(_logprob_chunks(logits, n_rows, vocab_size, temperature, CHUNK_BYTES))))
+
+    @classmethod
+    def from_logprobs(cls, logp_RV: "Tensor") -> "TeacherRows":
+        """Of ln p_T [R, V] float64."""
+        import torch
+
+        p_RV = logp_RV.exp()
+        return cls(logp_RV, p_RV, p_RV.float(), -torch.einsum("rv,rv->r", p_RV, logp_RV))
+
+
 class Estimate(NamedTuple):
     """mean over rows, and se, its standard error over sequences; None where it is not defined."""
 
@@ -55,43 +80,32 @@ def row_divergences(
     n_rows, vocab_size = q_logprobs_RV.shape
     parts, start = [], 0
     for logp_nV in _logprob_chunks(logits, n_rows, vocab_size, temperature, chunk_bytes):
-        parts.append(divergences_from(logp_nV, q_logprobs_RV[start : start + len(logp_nV)], chunk_bytes=chunk_bytes))
+        q_nV = q_logprobs_RV[start : start + len(logp_nV)]
+        parts.append(divergences_from(TeacherRows.from_logprobs(logp_nV), q_nV, chunk_bytes=chunk_bytes))
         start += len(logp_nV)
     return _joined(parts)
 
 
-def teacher_logprobs(logits: Any, n_rows: int, vocab_size: int, temperature: float) -> "Tensor":
-    """ln p_T [R, V] float64 of the first R rows, for `divergences_from`: several reconstructions, one softmax.
-
-    Raises ValueError as row_divergences does.
-    """
-    import torch
-
-    return torch.cat(list(_logprob_chunks(logits, n_rows, vocab_size, temperature, CHUNK_BYTES)))
-
-
 def divergences_from(
-    logp_RV: "Tensor", q_logprobs_RV: NDArray[np.float32], *, chunk_bytes: int = CHUNK_BYTES
+    teacher: TeacherRows, q_logprobs_RV: NDArray[np.float32], *, chunk_bytes: int = CHUNK_BYTES
 ) -> RowDivergences:
-    """Divergences of q from p, both at one temperature: ln p [R, V] float64, ln q [R, V] float32.
+    """Divergences of q, ln q [R, V] float32, from the teacher at the same temperature.
 
     KL is the difference of cross-entropy and entropy in float64; tv and squared are sums in float64 of differences of
     probabilities in float32.
     """
     import torch
 
-    n_chunk = max(1, chunk_bytes // (4 * logp_RV.shape[1]))
+    n_chunk = max(1, chunk_bytes // (4 * teacher.logp.shape[1]))
     parts = []
-    for logp_nV, q_nV in zip(
-        logp_RV.split(n_chunk), torch.from_numpy(np.ascontiguousarray(q_logprobs_RV)).split(n_chunk), strict=True
-    ):
-        p_nV = logp_nV.exp()
-        entropy_n = -torch.einsum("nv,nv->n", p_nV, logp_nV)
+    of_teacher = zip(*(tensor.split(n_chunk) for tensor in teacher), strict=True)
+    of_q = torch.from_numpy(np.ascontiguousarray(q_logprobs_RV)).split(n_chunk)
+    for (logp_nV, p_nV, p_single_nV, entropy_n), q_nV in zip(of_teacher, of_q, strict=True):
         kl_n = -torch.einsum("nv,nv->n", p_nV, q_nV.double()) - entropy_n
         odd = torch.nonzero(~torch.isfinite(kl_n))[:, 0]  # where something is -inf or NaN
         if len(odd):
             kl_n[odd] = _kl_with_infinities(p_nV[odd], logp_nV[odd], q_nV[odd])
-        difference_nV = q_nV.exp() - p_nV.float()
+        difference_nV = q_nV.exp().sub_(p_single_nV)
         tv_n = difference_nV.abs().sum(dim=1, dtype=torch.float64) / 2
         squared_n = difference_nV.square_().sum(dim=1, dtype=torch.float64)
         parts.append(RowDivergences(kl_n.numpy(), tv_n.numpy(), squared_n.numpy()))

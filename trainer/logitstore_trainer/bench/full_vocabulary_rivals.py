@@ -33,6 +33,7 @@ class LlamaCppLayout:
     temperatures = TEMPERATURES
     budget = None
     decoded = None
+    reads_hidden = False
 
     def __init__(self, vocab_size: int) -> None:
         self.config = {"vocab_size": vocab_size, "dtype": "uint16"}
@@ -123,6 +124,7 @@ class HeadDirections:
     codec = "SVD of the head"
     temperatures = TEMPERATURES
     decoded = None
+    reads_hidden = True
 
     def __init__(self, vocab_size: int, directions: Directions, rank: int, budget: float | None = None) -> None:
         self.config = {"vocab_size": vocab_size, "rank": rank, "dtype": "int8"}

@@ -1,7 +1,7 @@
 """Drives the candidates of `bench storage` over kinds of text, and sums up what came out.
 
 Each candidate encodes and decodes each sample, and what it decodes is compared with the teacher's full distribution;
-the teacher's softmax is taken once a sample and temperature. One sample is in memory at a time: L * V * 24 bytes is
+the teacher's softmax is taken once a sample and temperature. One sample is in memory at a time: L * V * 40 bytes is
 about what a run takes.
 
 Letters: L sequence length, R = L - 1 rows, V vocabulary. T is the temperature.
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from logitstore.logits_source import full_logits
 from logitstore_trainer.bench.candidates import TEMPERATURES, Candidate
-from logitstore_trainer.bench.fidelity import Estimate, divergences_from, estimate, teacher_logprobs
+from logitstore_trainer.bench.fidelity import Estimate, TeacherRows, divergences_from, estimate
 from logitstore_trainer.bench.list_file import Totals
 from logitstore_trainer.bench.logits_file import LogitsFile
 from logitstore_trainer.bench.tail_measures import TailErrors, TeacherTail
@@ -78,16 +79,17 @@ def _measured_kind(
     for number in kind.samples:
         sample = kind.file[number]
         n_rows = len(sample.input_ids) - 1
-        readings = [candidate.add(number, sample) for candidate in candidates]
+        full = sample._replace(logits=full_logits(sample.logits, kind.file.vocab_size))
+        readings = [candidate.add(number, sample if candidate.reads_hidden else full) for candidate in candidates]
         for temperature in TEMPERATURES:
-            logp_RV = teacher_logprobs(sample.logits, n_rows, kind.file.vocab_size, temperature)
+            teacher = TeacherRows.of(full.logits, n_rows, kind.file.vocab_size, temperature)
             asks_tails = temperature == 1 and n_rows_done < TAIL_ROWS
-            teacher_tail = TeacherTail.of(logp_RV.numpy()) if asks_tails else None
+            teacher_tail = TeacherTail.of(teacher.logp.numpy()) if asks_tails else None
             for candidate, reconstruct, sums_of, tail in zip(candidates, readings, sums, tails, strict=True):
                 if temperature not in candidate.temperatures:
                     continue
                 q_RV = reconstruct(temperature)
-                for what, rows in divergences_from(logp_RV, q_RV)._asdict().items():
+                for what, rows in divergences_from(teacher, q_RV)._asdict().items():
                     sums_of.setdefault((what, temperature), []).append(float(rows.sum()))
                 if teacher_tail is not None and candidate.decoded is not None:
                     tail.add(candidate.decoded, q_RV, teacher_tail)

@@ -34,6 +34,7 @@ class NucleusAndSamples:
     temperatures = TEMPERATURES
     budget = None
     decoded = None
+    reads_hidden = False
 
     def __init__(self, vocab_size: int) -> None:
         self._id_bits = max(_LEAST_ID_BITS, (vocab_size - 1).bit_length())

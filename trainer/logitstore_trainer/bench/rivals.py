@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from logitstore.blob import ZSTD_LEVEL
 from logitstore.logits_source import iter_logit_chunks
@@ -35,6 +36,7 @@ class RawFp16Zstd:
     temperatures = TEMPERATURES
     budget = None
     decoded = None
+    reads_hidden = False
 
     def __init__(self, vocab_size: int) -> None:
         self.config = {"vocab_size": vocab_size, "dtype": "float16", "zstd_level": ZSTD_LEVEL}
@@ -73,6 +75,7 @@ class ParquetLists:
     temperatures = TEMPERATURES
     budget = None
     decoded = None
+    reads_hidden = False
 
     def __init__(self, vocab_size: int, *, k: int, id_dtype: str, compression: str) -> None:
         self.config = {"vocab_size": vocab_size, "k": k, "ids": id_dtype, "logprobs": "float32"}
@@ -99,6 +102,7 @@ class DistillKit:
     temperatures = TEMPERATURES
     budget = None
     decoded = None
+    reads_hidden = False
 
     def __init__(self, name: str, vocab_size: int, options: Mapping[str, Any]) -> None:
         from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
@@ -112,18 +116,27 @@ class DistillKit:
         self._file = ListFile(folder / "distillkit.parquet", "snappy")
         self._sums = np.zeros(4)
 
-    def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
+    def entries(self, sample: LogitsSample) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(ids [R, K], log-probs [R, K]) of a sample as they are read back."""
+        entries_1RK = self._top_entries(sample)
+        ids_1RK, logps_1RK = self._compressor.decompress_to_sparse(self._compressor.compress_from_sparse(*entries_1RK))
+        return ids_1RK[0].numpy(), logps_1RK[0].float().numpy()
+
+    def _top_entries(self, sample: LogitsSample) -> tuple[Any, Any]:
         import torch
 
         ids_RK, logps_RK = top_entries(sample, self._k, self._vocab_size)
-        ids_1RK, logps_1RK = torch.from_numpy(ids_RK).long()[None], torch.from_numpy(logps_RK)[None]
+        return torch.from_numpy(ids_RK).long()[None], torch.from_numpy(logps_RK)[None]
+
+    def add(self, sample_id: int, sample: LogitsSample) -> Reconstruction:
+        ids_1RK, logps_1RK = self._top_entries(sample)
         with one_torch_thread():
             row, encode_s = median_call(lambda: self._compressor.compress_from_sparse(ids_1RK, logps_1RK))
             decoded, decode_s = median_call(lambda: self._compressor.decompress_to_sparse(row))
         planes = {name: plane[0].numpy() for name, plane in row.items()}
         self._file.append(sample.input_ids, planes)
         blob_bytes = sum(plane.nbytes for plane in planes.values())
-        self._sums += (len(ids_RK), blob_bytes, encode_s, decode_s)
+        self._sums += (ids_1RK.shape[1], blob_bytes, encode_s, decode_s)
         ids, logps = decoded[0][0].numpy(), decoded[1][0].float().numpy()
         return lambda temperature: missing_mass_uniform(ids, logps, self._vocab_size, temperature)
 

@@ -57,7 +57,7 @@ EXAMPLES = """examples:
   logitstore bench storage --out bench-storage                     made-up logits: shows that it runs
   logitstore bench storage --logits teacher.safetensors --out bench-storage
   logitstore bench storage --logits maths.safetensors chat.safetensors --unseen code.safetensors \\
-      --calibration train.safetensors --out bench-storage
+      --calibration train.safetensors --choose-on other-maths.safetensors other-chat.safetensors --out bench-storage
 
 FILE.safetensors holds input_ids [N] and sample_lengths [S] (integers) and either logits [N, V] or hidden [N, D] with
 lm_head [V, D], float16, bfloat16 or float32. Row i of the logits is the teacher's distribution after token i.
@@ -83,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="logits to fit codecs on; all of --logits is then measured (default: the first half of the samples of "
         "the one file fits, the second half is measured)",
+    )
+    parser.add_argument(
+        "--choose-on",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="logits of text that is neither fitted on nor measured, one file a kind: these decide which codec a "
+        "budget gets (default: every fifth sample of those to fit on)",
     )
     parser.add_argument(
         "--budgets",
@@ -128,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         rows_measured=sum(sum(kind.rows) for kind in kinds if not kind.unseen),
         samples_fitted_on=len(split.fitting),
         fitted_on=split.fitting_name,
+        chosen_on=[Path(name).name for name in args.choose_on],
         rows_fitted=None if sample is None else sample.rows.n_rows,
         threads_per_candidate=1,
         seconds=time.perf_counter() - start_s,
@@ -146,8 +155,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.logits is None and (args.calibration is not None or args.unseen):
-        option = "--calibration" if args.calibration is not None else "--unseen"
+    if args.logits is None and (args.calibration is not None or args.unseen or args.choose_on):
+        option = "--calibration" if args.calibration is not None else "--unseen" if args.unseen else "--choose-on"
         raise ValueError(f"{option} needs --logits: made-up logits are split into halves")
     if args.logits is not None and len(args.logits) + len(args.unseen) > 1 and args.calibration is None:
         raise ValueError(
@@ -183,7 +192,8 @@ def _sample(args: argparse.Namespace, split: "Split", notes: list[str]) -> Prepa
         notes.append(f"No codec was planned for a budget: {why}; it takes {LEAST_ROWS:,} rows of a teacher.")
         return None
     cache = None if args.no_cache else FitCache(default_cache_folder(), print)
-    return prepared(split.fitting_file, split.fitting, quick=args.quick, cache=cache)
+    choose_on = [LogitsFile(name) for name in args.choose_on]
+    return prepared(split.fitting_file, split.fitting, choose_on, quick=args.quick, cache=cache)
 
 
 def _candidates(args: argparse.Namespace, split: "Split", sample: Prepared | None, notes: list[str]) -> list[Candidate]:

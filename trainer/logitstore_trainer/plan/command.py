@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 EPILOG = f"""\
 Fits what has to be fitted on four fifths of the sample, measures every configuration on the last fifth, prints what
 each costs and loses, and recommends one for the goal. With --out it leaves the fitted codec for `collect --tables`.
-The sample is either rows of --dataset, spread over it, that --teacher reads, or a file of logits.
+The sample is either rows of --dataset, spread over it, that --teacher reads, or a file of logits. Where text repeats
+itself (quoted passages, templates), a fifth text is easier than new text is: give files of other text of yours, one for
+each kind, with --choose-on; kinds count equally, and all of the sample is fitted on.
 
 examples:
   logitstore plan --teacher M --dataset my_prompts.jsonl --max-kl 0.2 --out plan
   logitstore plan --logits sample.safetensors --max-bytes-per-token 24 --tokens 1e9 --out plan-24
+  logitstore plan --logits train.safetensors --choose-on maths.safetensors chat.safetensors --max-kl 0.2
   logitstore collect --teacher M --dataset my_prompts.jsonl --out teacher_logits.parquet --tables plan-24
 
 {DATASET_SHAPES}
@@ -43,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampled.add_argument("--teacher", metavar="M", help="a model: hub name, folder, or .gguf file")
     sampled.add_argument("--dataset", type=Path, metavar="F", help="a .jsonl, .parquet or .txt file")
     sampled.add_argument("--logits", type=Path, metavar="FILE", help="a sample of the teacher's logits")
+    sampled.add_argument(
+        "--choose-on", type=Path, metavar="FILE", nargs="+", default=[], help="logits of other text, to measure on"
+    )
     goal = parser.add_argument_group("the goal")
     add_goal_arguments(goal, required=True, tokens="1e9")
     fitting = parser.add_argument_group("how it is fitted and measured")
@@ -66,13 +72,15 @@ def run(args: argparse.Namespace) -> int:
     from logitstore_trainer.bench.environment import environment, output_folder, write_json
     from logitstore_trainer.plan.page import plan_table, recommendation_lines, write_page
     from logitstore_trainer.plan.plan import make_plan
+    from logitstore_trainer.plan.sample import FileSample
     from logitstore_trainer.report import format_table
     from logitstore_trainer.units import duration_text
 
     folder = output_folder(args.out) if args.out is not None else None
     cache = FitCache(default_cache_folder(), print) if args.use_cache else None
+    choose_on = [FileSample(path) for path in args.choose_on]
     sample = _sample(args)
-    planned = make_plan(sample, goal, n_rows=args.rows, seed=args.seed, cache=cache)
+    planned = make_plan(sample, goal, choose_on=choose_on, n_rows=args.rows, seed=args.seed, cache=cache)
     print(format_table(*plan_table(planned.results, goal)))
     print(
         f"fitted to {planned.rows_fitted:,} rows, measured on {planned.rows_measured:,} others of "
@@ -82,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None:
         facts = environment(
             sample=sample.name,
+            chosen_on=[other.name for other in choose_on],
             rows_fitted=planned.rows_fitted,
             rows_measured=planned.rows_measured,
             seconds=planned.seconds,

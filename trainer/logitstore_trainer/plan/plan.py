@@ -6,10 +6,11 @@ tables of corrections. Nothing is chosen on rows that are reported elsewhere: th
 Letters: R rows, V vocabulary. T is the temperature.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ import logitstore
 from logitstore.codecs.topk import TopKCodec
 from logitstore.fit_cache import FitCache
 from logitstore.fit_codec import counted, fit_tail, fitted_on_rows, fitted_steps, targets_of_rows
+from logitstore.logits_source import full_logits
 from logitstore.tail_fit import TailFitSettings
 from logitstore.tail_model import TailModel
 from logitstore.tail_rows import TailRows, tail_rows
 from logitstore_trainer.bench.fidelity import Estimate, estimate, row_divergences
 from logitstore_trainer.plan.goal import Goal
-from logitstore_trainer.plan.sample import PlanSample, SampleRows, TextsOf
+from logitstore_trainer.plan.sample import JoinedSample, PlanSample, SampleRows, TextsOf
 from logitstore_trainer.progress import Progress, StageProgress
 
 MEASURED_ROWS, SIZED_ROWS = 1020, 20_000
@@ -34,11 +36,11 @@ RESIDUAL = tuple({"head": "log", "head_step": 0.5, "k": 64, "min_prob": p} for p
 _TAIL_STEPS: dict[tuple[float, float], tuple[float | None, ...]] = {  # by (min_prob, head_step)
     (0.02, 1.0): (None,),
     (0.01, 1.0): (None,),
-    (0.01, 0.5): (None, 0.18, 0.15, 0.13, 0.1),
+    (0.01, 0.5): (None, 0.18, 0.16, 0.14, 0.12),
     (0.005, 0.5): (
-        None, 0.18, 0.15, 0.13, 0.115, 0.1, 0.09, 0.08, 0.07, 0.0625, 0.055, 0.05, 0.045, 0.041, 0.037,
+        None, 0.15, 0.135, 0.12, 0.1, 0.09, 0.085, 0.08, 0.07, 0.0625, 0.0585, 0.055, 0.05, 0.045, 0.0415, 0.0385,
     ),
-    (0.0025, 0.5): (None, 0.06, 0.045, 0.03),
+    (0.0025, 0.5): (None, 0.06, 0.03),
 }  # fmt: skip
 PREDICTED = tuple(
     {"head": "log", "head_step": step, "k": 64, "min_prob": p, "tail": "predicted", "tail_step": tail_step}
@@ -63,14 +65,21 @@ class Planned:
 
 
 def make_plan(
-    sample: PlanSample, goal: Goal, *, n_rows: int = MEASURED_ROWS, seed: int = 0, cache: FitCache | None = None
+    sample: PlanSample,
+    goal: Goal,
+    *,
+    choose_on: Sequence[PlanSample] = (),
+    n_rows: int = MEASURED_ROWS,
+    seed: int = 0,
+    cache: FitCache | None = None,
 ) -> Planned:
-    """Fits on four fifths of the texts, measures on n_rows rows of the last fifth, and chooses.
+    """Fits, measures on n_rows rows that it has not fitted on, and chooses; choose_on as in `prepare`.
 
     Shows progress; prints nothing else. Raises ValueError for a sample of one text, or n_rows below 1.
     """
     start_s = time.perf_counter()
-    prepared = prepare(sample, n_rows=n_rows, settings=TailFitSettings(seed=seed), cache=cache)
+    settings = TailFitSettings(seed=seed)
+    prepared = prepare(sample, choose_on=choose_on, n_rows=n_rows, settings=settings, cache=cache)
     results: list[dict[str, Any]] = []
     best: TopKCodec | None = None
     for codec, result in measured_candidates(prepared, goal.temperatures):
@@ -92,30 +101,54 @@ def make_plan(
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """rows, tail: what every configuration is fitted to. measured: texts that KL is measured on. sized: the rows that
-    bytes are counted on; these are many more, for counting is cheap. None of either is fitted on."""
+    bytes are counted on; these are many more, for counting is cheap. None of either is fitted on. sized_kinds [S]: of
+    which kind each text of sized is; bytes differ more between kinds than within one, and there are as many of each."""
 
     rows: TailRows
     tail: TailModel
     measured: Sequence[SampleRows]
     n_measured_rows: int
     sized: TailRows
+    sized_kinds: NDArray[np.int64]
 
 
 def prepare(
-    sample: PlanSample, *, n_rows: int, settings: TailFitSettings | None = None, cache: FitCache | None = None
+    sample: PlanSample,
+    *,
+    choose_on: Sequence[PlanSample] = (),
+    n_rows: int,
+    settings: TailFitSettings | None = None,
+    cache: FitCache | None = None,
 ) -> Prepared:
-    """Reads the sample and fits the tail model to four fifths of its texts. Raises ValueError as make_plan does."""
+    """Reads the sample and fits the tail model to it. Codecs are measured on the samples of choose_on, as many rows of
+    each; where there are none on every fifth text, which is then not fitted on. Raises ValueError as make_plan does."""
     if n_rows < 1:
         raise ValueError(f"--rows must be at least 1, got {n_rows}")
     n_texts = len(sample.row_counts)
-    if n_texts < 2:
+    if choose_on:
+        joined = JoinedSample([*choose_on, sample])
+        kinds = [joined.numbers_of(which) for which in range(len(choose_on))]
+        fitting = TextsOf(sample, range(n_texts))
+    elif n_texts < 2:
         raise ValueError(f"{sample.name} gives one text; a plan fits on some and measures on others")
-    held_out = range(HELD_OUT_EVERY - 1, n_texts, HELD_OUT_EVERY) if n_texts >= HELD_OUT_EVERY else [n_texts - 1]
-    measured = TextsOf(sample, _spread_numbers(sample.row_counts, held_out, n_rows))
-    sized = TextsOf(sample, _spread_numbers(sample.row_counts, held_out, SIZED_ROWS))
-    fitting = TextsOf(sample, [i for i in range(n_texts) if i not in set(held_out)])
+    else:
+        every = min(HELD_OUT_EVERY, n_texts)
+        joined, kinds = JoinedSample([sample]), [range(every - 1, n_texts, every)]
+        fitting = TextsOf(sample, [i for i in range(n_texts) if i not in kinds[0]])
+    counts = joined.row_counts
+    measured, sized = (
+        [_spread_numbers(counts, kind, most // len(kinds)) for kind in kinds] for most in (n_rows, SIZED_ROWS)
+    )
     rows, tail = fitted_tail(fitting, settings or TailFitSettings(), cache)
-    return Prepared(rows, tail, list(measured), measured.n_rows, tail_rows(sized, sample.vocab_size))
+    measured_texts = TextsOf(joined, list(chain(*measured)))
+    return Prepared(
+        rows=rows,
+        tail=tail,
+        measured=list(measured_texts),
+        n_measured_rows=measured_texts.n_rows,
+        sized=tail_rows(TextsOf(joined, list(chain(*sized))), sample.vocab_size),
+        sized_kinds=np.repeat(np.arange(len(kinds)), [np.count_nonzero(counts[kind]) for kind in sized]),
+    )
 
 
 def measured_candidates(
@@ -152,9 +185,9 @@ def _codec(vocab_size: int, options: dict[str, Any]) -> TopKCodec:
 
 
 def _spread_numbers(row_counts: NDArray[np.int64], held_out: Sequence[int], n_rows: int) -> list[int]:
-    """Texts of about n_rows rows together, spread over those that are held out."""
+    """Texts of about n_rows rows together, one at least, spread over those that are held out."""
     chosen, total = [], 0
-    step = max(1, int(len(held_out) * float(row_counts.mean()) / n_rows))
+    step = max(1, int(float(row_counts[list(held_out)].sum()) / max(n_rows, 1)))
     for number in held_out[::step]:
         chosen.append(number)
         total += int(row_counts[number])
@@ -171,7 +204,7 @@ def measured_codec(codec: TopKCodec, prepared: Prepared, temperatures: Sequence[
         blob_bytes.append(len(codec.encode(targets, targets.input_ids)))
         rows_sized.append(int(targets.present.sum()))
         n_entries += len(targets.ids)
-    size = estimate(blob_bytes, rows_sized)
+    size = _estimate_by_kind(np.array(blob_bytes), np.array(rows_sized), prepared.sized_kinds)
     kls = {f"{temperature:g}": kl for temperature, kl in _divergences(codec, prepared.measured, temperatures).items()}
     config = {name: value for name, value in codec.config.items() if name not in ("name", "vocab_size", "tables")}
     return {
@@ -185,6 +218,18 @@ def measured_codec(codec: TopKCodec, prepared: Prepared, temperatures: Sequence[
     }
 
 
+def _estimate_by_kind(sums_S: NDArray[np.int64], rows_S: NDArray[np.int64], kinds_S: NDArray[np.int64]) -> Estimate:
+    """The mean over all rows; its standard error over the texts of each kind, None where a kind has one text."""
+    variance = 0.0
+    for kind in np.unique(kinds_S):
+        of_kind = kinds_S == kind
+        error = estimate(sums_S[of_kind], rows_S[of_kind]).se
+        if error is None:
+            return Estimate(estimate(sums_S, rows_S).mean, None)
+        variance += (error * rows_S[of_kind].sum() / rows_S.sum()) ** 2
+    return Estimate(estimate(sums_S, rows_S).mean, math.sqrt(variance))
+
+
 def _divergences(
     codec: TopKCodec, samples: Sequence[SampleRows], temperatures: Sequence[float]
 ) -> dict[float, Estimate]:
@@ -194,7 +239,7 @@ def _divergences(
     for sample in samples:
         blob = codec.encode(codec.targets_from_logits(*sample), sample.input_ids)
         decoded = codec.decode(blob, sample.input_ids)
-        present, kept_logits = decoded.present, sample.kept_logits
+        present, kept_logits = decoded.present, full_logits(sample.kept_logits, codec.vocab_size)
         n_rows.append(int(present.sum()))
         for temperature, sums_at in sums.items():
             dense = decoded.dense_logprobs(temperature)[present]

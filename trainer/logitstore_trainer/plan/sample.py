@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore import FactoredLogits
+from logitstore.errors import SpecMismatchError
 from logitstore_trainer.bench.logits_file import LogitsFile
 
 
@@ -60,6 +61,38 @@ class TextsOf:
     @property
     def n_rows(self) -> int:
         return int(self.sample.row_counts[list(self.numbers)].sum())
+
+
+class JoinedSample:
+    """Several samples of one teacher as one, their texts in order. Raises SpecMismatchError for two vocabularies."""
+
+    def __init__(self, samples: Sequence[PlanSample]) -> None:
+        self._samples = samples
+        self.name = ", ".join(sample.name for sample in samples)
+        first = samples[0]
+        for other in samples[1:]:
+            if other.vocab_size != first.vocab_size:
+                raise SpecMismatchError(
+                    f"{other.name} has a vocabulary of {other.vocab_size}, {first.name} of {first.vocab_size}; "
+                    "a plan is made for one teacher"
+                )
+        self._starts = np.cumsum([0, *(len(sample.row_counts) for sample in samples)])
+
+    @property
+    def vocab_size(self) -> int:
+        return self._samples[0].vocab_size
+
+    @cached_property
+    def row_counts(self) -> NDArray[np.int64]:
+        return np.concatenate([sample.row_counts for sample in self._samples])
+
+    def __getitem__(self, number: int, /) -> SampleRows:
+        which = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._samples[which][number - int(self._starts[which])]
+
+    def numbers_of(self, which: int) -> range:
+        """The texts here of the sample with this index."""
+        return range(int(self._starts[which]), int(self._starts[which + 1]))
 
 
 class FileSample:
