@@ -46,7 +46,7 @@ def remove_partial(out: Path) -> None:
     for path in [*_checkpoints(out), out / _PARTIAL_NAME]:
         if path.is_dir() and not (path / _MARKER_NAME).exists():
             shutil.rmtree(path)
-    for path in out.glob("*.json.partial"):
+    for path in out.glob("*.partial"):
         path.unlink()
 
 
@@ -106,8 +106,13 @@ def save_final_model(model: Any, tokenizer: Any, out: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file that is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text in UTF-8 that is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

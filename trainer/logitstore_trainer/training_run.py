@@ -26,6 +26,7 @@ from logitstore_trainer.decoder import decoder_for_dataset, fitting_tail
 from logitstore_trainer.evaluate import evaluate_student
 from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
+from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
 from logitstore_trainer.train_progress import ReportProgress
@@ -61,6 +62,7 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     trainer = _make_trainer(config, student, train_set, eval_set, callbacks)
     if is_main:
         checkpoints.start_folder(out, identity)
+        checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer)))
     try:
         with checkpoints.write_errors_named(out):
             return _train_and_save(config, student, trainer, eval_set, out)
@@ -178,6 +180,18 @@ def _metrics(
         held_out = evaluate_student(trainer.model, eval_set, trainer.decoder, batch_size=config.batch_size)
         metrics["held_out"] = held_out.to_json()
     return {**metrics, "config": {**asdict(config), "data": list(config.data)}, "history": history}
+
+
+def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer) -> dict[str, str]:
+    """What the settings that were left to the trainer came to, by name."""
+    chosen = {"tail": trainer.tail} if config.tail is None else {}
+    if config.lr is None:
+        chosen["lr"] = f"{trainer.args.learning_rate:g}"
+    if config.dtype == "auto":
+        chosen["dtype"] = "bfloat16" if trainer.args.bf16 else "float32"
+    if config.device == "auto":
+        chosen["device"] = trainer.args.device.type
+    return {name: f"here {value}" for name, value in chosen.items()}
 
 
 def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore) -> dict[str, Any]:
