@@ -28,7 +28,15 @@ _TORCH_SAVE_ERRORS = ("inline_container", "PytorchStreamWriter")
 
 
 class MarkComplete(TrainerCallback):
-    """Marks each checkpoint once Trainer has written all of it."""
+    """Marks each checkpoint once Trainer has written all of it, and logs what was trained before it.
+
+    The log is part of the checkpoint: without it the steps since the one before would be missing from the history of a
+    run that goes on from here. The last step is logged too, so that the history ends where the run does.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save or control.should_training_stop:
+            control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -15,7 +15,8 @@ from logitstore_trainer.dtypes import long_name
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+LOSS_NAMES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD", "tvd": "total variation"}
+LOSSES = tuple(LOSS_NAMES)
 TAILS = ("bucket", "uniform", "renormalised", "dropped", "dense", "sampled")
 EXAMPLES = """examples:
   logitstore train --student 20M --data teacher_logits.parquet --out student
@@ -82,6 +83,8 @@ class SettingError(ValueError):
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Trains a student and returns the metrics that it writes to `out`/train_metrics.json beside the model.
 
+    n_tokens, train_s, tokens_per_s and history are of the whole run, over checkpoints that it went on from; wall_s is
+    of this call. recipe.yaml and run_report.html lie beside them.
     `callbacks` are transformers TrainerCallbacks. A finished run is not repeated when resumed: its metrics are read.
     Raises ValueError for settings that make no run, SpecMismatchError where student, stores or a run to resume do not
     fit together, and KeyboardInterrupt, with half-written files removed, when interrupted.
@@ -176,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--eval-every", "steps between evaluations, 0 for only at the end (default)", type=int)
     option("--log-every", "steps between logged losses (default 10)", type=int)
     option("--workers", "processes that read and decode the store (default 0: the training process)", type=int)
-    option("--report-to", "tensorboard, wandb, trackio, ... (default none)")
+    option("--report-to", "tensorboard, wandb, trackio, ...; several with commas between them (default none)")
     option("--resume", "continue the run in --out from its last checkpoint", action="store_true")
 
 
@@ -205,11 +208,11 @@ def config_of_arguments(args: argparse.Namespace) -> TrainConfig:
 
 def summary(metrics: dict[str, Any], out: str) -> str:
     """A few lines for the terminal about a finished run."""
-    temperature = metrics["config"]["temperature"]
+    temperature, name = metrics["config"]["temperature"], LOSS_NAMES[metrics["config"]["loss"]]
     lines = [
-        f"{metrics['steps']:,} steps of {metrics['n_parameters']:,} parameters in {metrics['wall_s']:.0f} s, "
+        f"{metrics['steps']:,} steps of {metrics['n_parameters']:,} parameters in {metrics['train_s']:.0f} s, "
         f"{metrics['tokens_per_s']:,.0f} tokens/s",
-        f"training, last logged: loss {metrics['loss']:.4f}, KL at T = {temperature:g} (without its factor T^2) "
+        f"training, last logged: loss {metrics['loss']:.4f}, {name} at T = {temperature:g} (without its factor T^2) "
         f"{metrics['kl']:.4f}, cross-entropy {metrics['ce']:.4f} nats/token",
     ]
     if "held_out" in metrics:
@@ -219,4 +222,4 @@ def summary(metrics: dict[str, Any], out: str) -> str:
             f"{held_out['kl_store_nats']:.4f} nats/token, top-1 agreement {held_out['top1_agreement']:.1%} "
             f"over {held_out['n_tokens']:,} tokens"
         )
-    return "\n".join([*lines, f"model and train_metrics.json: {out}"])
+    return "\n".join([*lines, f"model, train_metrics.json and run_report.html: {out}"])
