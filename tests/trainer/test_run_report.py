@@ -1,6 +1,7 @@
 """What a run shows and leaves: its line of progress, its history over a resumption, and run_report.html."""
 
 import dataclasses
+import importlib.util
 import re
 
 import pytest
@@ -170,7 +171,7 @@ def test_a_line_of_progress_has_steps_time_left_loss_with_its_parts_and_the_rate
     train(dataclasses.replace(config, eval_fraction=0.0, temperature=3.0), callbacks=[Tick(clock)])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
     number = r"[\d.]+"
-    figures = rf"; loss {number}, KL at T = 3 {number}, cross-entropy {number}, lr {number}e[-+]\d+, [\d,]+ tokens/s"
+    figures = rf"; loss {number}, KL at T = 3 {number}, CE {number}, [\d,]+ tokens/s, lr {number}e[-+]\d+"
     assert re.fullmatch(rf"train: 2/11 \(18 %\) steps, 0.1667 steps/s, 12 s, 00:54 left{figures}", lines[0])
     assert re.fullmatch(rf"train: 11/11 \(100 %\) steps, 0.1667 steps/s, 66 s{figures}", lines[-1])
     assert len(lines) == 6
@@ -192,6 +193,28 @@ def test_several_reporters_are_named_with_commas(store_path, tmp_path, capsys):
     assert main([*arguments, "--report-to", "tensorboard, ghost"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("logitstore: --report-to tensorboard, ghost cannot be used: ghost is not supported, only ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_reporter_that_is_not_installed_is_one_line_before_anything_is_read(name, tmp_path, capsys):
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    arguments = [
+        "train",
+        "--student",
+        STUDENT,
+        "--data",
+        str(tmp_path / "none.parquet"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, "--report-to", name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"logitstore: --report-to {name} cannot be used: ")
+    assert f"requires {name} to be installed" in error
+    assert error.endswith("; name another, or none\n")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

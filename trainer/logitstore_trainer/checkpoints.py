@@ -55,7 +55,8 @@ def remove_partial(out: Path) -> None:
         if path.is_dir() and not (path / _MARKER_NAME).exists():
             shutil.rmtree(path)
     for path in out.glob("*.partial"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def check_folder(out: Path, identity: Mapping[str, Any], *, resume: bool) -> None:

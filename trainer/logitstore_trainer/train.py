@@ -84,7 +84,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, An
     """Trains a student and returns the metrics that it writes to `out`/train_metrics.json beside the model.
 
     n_tokens, train_s, tokens_per_s and history are of the whole run, over checkpoints that it went on from; wall_s is
-    of this call. recipe.yaml and run_report.html lie beside them.
+    of this call. recipe.yaml, run_report.html and README.md (the model card) lie beside them.
     `callbacks` are transformers TrainerCallbacks. A finished run is not repeated when resumed: its metrics are read.
     Raises ValueError for settings that make no run, SpecMismatchError where student, stores or a run to resume do not
     fit together, and KeyboardInterrupt, with half-written files removed, when interrupted.
@@ -222,4 +222,4 @@ def summary(metrics: dict[str, Any], out: str) -> str:
             f"{held_out['kl_store_nats']:.4f} nats/token, top-1 agreement {held_out['top1_agreement']:.1%} "
             f"over {held_out['n_tokens']:,} tokens"
         )
-    return "\n".join([*lines, f"model, train_metrics.json and run_report.html: {out}"])
+    return "\n".join([*lines, f"model, model card, train_metrics.json and run_report.html: {out}"])

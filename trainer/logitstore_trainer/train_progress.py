@@ -37,7 +37,7 @@ class ReportProgress(TrainerCallback):
         divergence = f"{LOSS_NAMES[self._trainer.divergence]} at T = {self._trainer.temperature:g}"
         self._display.note(
             f"loss {logs['loss']:.4f}, {divergence} {logs['kl']:.4f}, "
-            f"cross-entropy {logs['ce']:.4f}, lr {logs['learning_rate']:.2e}, {logs['tokens_per_s']:,.0f} tokens/s"
+            f"CE {logs['ce']:.4f}, {logs['tokens_per_s']:,.0f} tokens/s, lr {logs['learning_rate']:.2e}"
         )
         self._show(state.global_step)
 

@@ -27,6 +27,7 @@ from logitstore_trainer.decoder import decoder_for_dataset, fitting_tail
 from logitstore_trainer.evaluate import evaluate_student
 from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
+from logitstore_trainer.model_card import CARD_NAME, model_card
 from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
 from logitstore_trainer.run_report import REPORT_NAME, write_run_report
 from logitstore_trainer.student import Student, build_student
@@ -106,6 +107,7 @@ def _save(
     checkpoints.save_final_model(trainer.accelerator.unwrap_model(trainer.model), student.tokenizer, out)
     recipe = (out / RECIPE_NAME).read_text(encoding="utf-8")
     write_run_report(out / REPORT_NAME, metrics, recipe=recipe, environment=environment())
+    checkpoints.write_text(out / CARD_NAME, model_card(metrics, stores, from_scratch=student.from_scratch))
     checkpoints.write_json(out / checkpoints.METRICS_NAME, metrics)
 
 
