@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from logitstore_trainer.cli import main
@@ -46,6 +47,13 @@ def test_values_are_read_as_the_type_of_their_setting(recipe):
     expected = TrainConfig("no", ["010", "2026-01-01", "1:30"], "2026-01-01", lr=3e-4, seed=10, eval_data="null")
     assert got == dataclasses.replace(expected, resume=True, warmup=7.0, report_to="1")
     assert isinstance(got.warmup, float)
+
+
+def test_the_recipe_in_the_readme_is_one(recipe):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = readme.split("```yaml\n", 1)[1].split("```", 1)[0]
+    expected = TrainConfig("20M", ["teacher_logits.parquet"], "student", eval_fraction=0.05, lr=1e-3, batch_size=16)
+    assert resolved_config(recipe(text), ["lr=1e-3"], {}) == expected
 
 
 def test_every_option_can_be_in_a_recipe_and_is_read_back_equal(tmp_path):

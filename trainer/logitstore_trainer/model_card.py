@@ -45,7 +45,9 @@ def model_card(metrics: dict[str, Any], stores: Sequence[logitstore.LogitStore],
         "## How it does",
         _results(metrics),
         "## Licence",
-        _licence(teacher, None if from_scratch else student, spec.dataset),
+        _licence(
+            teacher, None if from_scratch else student, sorted({store.spec.dataset or _NOT_KNOWN for store in stores})
+        ),
     ]
     return _front_matter(config["student"], spec.teacher, from_scratch) + "\n" + "\n\n".join(parts) + "\n"
 
@@ -144,11 +146,11 @@ def _results(metrics: dict[str, Any]) -> str:
     return f"On text that was held out of training ({source}):\n\n" + _table(("quantity", "held out"), held_out)
 
 
-def _licence(teacher: str, student: str | None, dataset: str | None) -> str:
+def _licence(teacher: str, student: str | None, datasets: Sequence[str]) -> str:
     bound = f"the teacher ({teacher})" + (f", the model that the student started from ({student})" if student else "")
     return (
         f"Not known: neither the store nor the run records a licence. The terms of {bound} and of the data set "
-        f"({dataset or _NOT_KNOWN}) bind this model too: some forbid training other models on what theirs says, or ask "
+        f"({', '.join(datasets)}) bind this model too: some forbid training other models on what theirs says, or ask "
         "for their name or licence to be kept. Check both before you pass the model on, and enter the licence here and "
         "in the head of this file."
     )

@@ -132,6 +132,7 @@ def check_config(config: TrainConfig) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `logitstore train`; their names are the fields of TrainConfig."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = f"{parser.prog} [RECIPE] [--set NAME=VALUE ...] [options]"
     parser.epilog = EXAMPLES
 
     def option(name: str, help: str, **settings: Any) -> None:
