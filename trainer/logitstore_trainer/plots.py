@@ -276,7 +276,7 @@ def _xy_plot(
             labels += [(x, y, one.labels[i], colour) for x, y, i in zip(xs, ys, keep, strict=True)]
     axes.margins(x=0.08, y=0.12)
     if y_from_zero:
-        axes.set_ylim(bottom=0.0)
+        axes.set_ylim(0.0, 1.06 * axes.get_ylim()[1])
     _finish_axes(axes, x_label=x_label, y_label=y_label, title=title, log_x=log_x, log_y=log_y)
     if len(series) > 1:
         _outside_legend(figure, axes)

@@ -14,6 +14,7 @@ from logitstore_trainer.train import LOSS_NAMES
 
 REPORT_NAME = "run_report.html"
 _MOST_POINTS = 200
+_OF_LAST_PART = "Of a run that was stopped and went on, this is its last part."
 
 
 def write_run_report(path: Path, metrics: dict[str, Any], *, recipe: str, environment: dict[str, Any]) -> Path:
@@ -50,7 +51,7 @@ def run_sections(metrics: dict[str, Any], *, recipe: str, environment: dict[str,
         Section("Loss and its parts", losses),
         Section("Pace", pace),
         Section("Configuration", [Preformatted(recipe.rstrip("\n"))]),
-        Section("Where it was run", [Table(("what", "value"), environment_rows(environment))]),
+        Section("Where it was run", [Table(("what", "value"), environment_rows(environment), _OF_LAST_PART)]),
     ]  # fmt: skip
 
 
