@@ -33,6 +33,22 @@ def test_the_last_line_is_not_printed_twice(clock: list[float], capsys: pytest.C
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_work_that_goes_on_counts_from_where_it_was_and_figures_stand_behind(
+    clock: list[float], capsys: pytest.CaptureFixture
+) -> None:
+    with Progress(total=40, desc="work", unit="rows", start=20) as shown:
+        clock[0] = 10.0
+        shown.note("loss 3")
+        shown.update(10)
+        clock[0] = 20.0
+        shown.note("loss 2")
+        shown.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 30/40 (75 %) rows, 1 rows/s, 10 s, 00:10 left; loss 3",
+        "work: 40/40 (100 %) rows, 1 rows/s, 20 s; loss 2",
+    ]
+
+
 def test_what_is_quick_is_not_shown(clock: list[float], capsys: pytest.CaptureFixture) -> None:
     with Progress(total=40, desc="work", unit="rows") as shown:
         clock[0] = 1.9

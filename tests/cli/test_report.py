@@ -114,6 +114,24 @@ def test_plots_are_the_same_every_time_and_share_no_ids():
     assert not ids & other_ids
 
 
+def test_a_long_line_has_few_markers():
+    def n_marks(xs):
+        return line_plot([Series("s", xs, xs)], x_label="x (s)", y_label="y (s)").count("<use ")  # ticks among them
+
+    beyond_two = {n: n_marks(list(range(n))) - n_marks([0, n - 1]) for n in (25, 26, 500)}
+    assert beyond_two == {25: 23, 26: 11, 500: 23}
+
+
+def test_an_axis_from_zero_has_a_tick_there():
+    series = [Series("s", [1, 2, 3], [100.0, 101.0, 102.0])]
+    shown = {
+        from_zero: _svg_texts(line_plot(series, x_label="x (s)", y_label="y (s)", y_from_zero=from_zero))
+        for from_zero in (True, False)
+    }
+    assert "0" in shown[True]
+    assert "0" not in shown[False]
+
+
 @pytest.mark.parametrize("plot", [line_plot, scatter_plot])
 def test_points_that_an_axis_cannot_show_are_left_out(plot):
     series = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from logitstore_trainer import DistillationTrainer, TeacherDecoder, collate
 from torch.utils.data import Subset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import logitstore
 
@@ -137,6 +137,34 @@ def test_evaluation_returns_logits_and_labels(tmp_path, store, new_student):
     torch.testing.assert_close(torch.from_numpy(output.predictions), logits, rtol=1e-5, atol=1e-5)
     assert output.label_ids.tolist() == batch["labels"].tolist()
     assert output.metrics["test_loss"] > 0
+
+
+class Clock(TrainerCallback):
+    """A step takes one second, a batch of evaluation a hundred."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.now_s += 1.0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.now_s += 100.0
+
+
+def test_tokens_and_seconds_of_training_are_logged_and_evaluations_do_not_count(
+    tmp_path, store, new_student, monkeypatch
+):
+    """Two steps are one pass over the twelve samples."""
+    clock = Clock()
+    monkeypatch.setattr("logitstore_trainer.hf_trainer.time.perf_counter", lambda: clock.now_s)
+    settings = {"max_steps": 6, "per_device_train_batch_size": 6, "logging_steps": 2, "eval_strategy": "steps"}
+    args = arguments(tmp_path, **settings, eval_steps=1)
+    _, trainer = step_change(new_student(2), store, args, eval_dataset=Subset(store, range(3)), callbacks=[clock])
+    logged = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert [entry["n_tokens"] for entry in logged] == [store.n_tokens, 2 * store.n_tokens, 3 * store.n_tokens]
+    assert [entry["train_s"] for entry in logged] == [2.0, 4.0, 6.0]
+    assert [entry["tokens_per_s"] for entry in logged] == [store.n_tokens / 2] * 3
 
 
 def test_evaluation_during_training_leaves_the_training_parts_alone(tmp_path, store, new_student):

@@ -28,7 +28,15 @@ _TORCH_SAVE_ERRORS = ("inline_container", "PytorchStreamWriter")
 
 
 class MarkComplete(TrainerCallback):
-    """Marks each checkpoint once Trainer has written all of it."""
+    """Marks each checkpoint once Trainer has written all of it, and logs what was trained before it.
+
+    The log is part of the checkpoint: without it the steps since the one before would be missing from the history of a
+    run that goes on from here. The last step is logged too, so that the history ends where the run does.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save or control.should_training_stop:
+            control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -46,8 +54,9 @@ def remove_partial(out: Path) -> None:
     for path in [*_checkpoints(out), out / _PARTIAL_NAME]:
         if path.is_dir() and not (path / _MARKER_NAME).exists():
             shutil.rmtree(path)
-    for path in out.glob("*.json.partial"):
-        path.unlink()
+    for path in out.glob("*.partial"):
+        if path.is_file():
+            path.unlink()
 
 
 def check_folder(out: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
@@ -106,8 +115,13 @@ def save_final_model(model: Any, tokenizer: Any, out: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file that is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text in UTF-8 that is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

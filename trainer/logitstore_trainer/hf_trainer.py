@@ -9,6 +9,7 @@ Training adds no host synchronisation to Trainer's own: the parts of the loss st
 """
 
 import inspect
+import time
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,9 @@ class DistillationMixin:
     `distillation_loss`, None for what suits the store; `divergence` and `jsd_beta` as there, in the KL's place (`kl` is
     then that divergence). `decoder` is built from train_dataset (or eval_dataset) unless
     given; the collator defaults to `collate` with the tokenizer's pad token. `kl` (without alpha and T^2) and `ce` are
-    logged beside the loss; evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
+    logged beside the loss, and of all ranks, over checkpoints that a run went on from: `n_tokens` (trained on, pads not
+    counted), `train_s` (their seconds, evaluations not counted) and `tokens_per_s` since the last log. Evaluation
+    reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
 
     Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
     options that would replace this loss, and for a tail or temperature that the store is not for.
@@ -77,6 +80,8 @@ class DistillationMixin:
         self._train_parts, self._eval_parts = _Sums(), _Sums()
         self._parts_since_step, self._n_loss_calls = 0, 0
         self._n_tokens_seen: torch.Tensor | int = 0
+        self._n_tokens_logged = 0
+        self._since_s: float | None = None  # when the training that the next log tells of began
         super().__init__(*bound.args, **bound.kwargs)
         check_vocabulary(decoder.spec, self.model)
         self.decoder = decoder.to(self.args.device)
@@ -95,6 +100,8 @@ class DistillationMixin:
         DDP averages gradients over ranks, hence the factor. Without num_items_in_batch: the mean over the batch.
         """
         self._n_loss_calls += 1
+        if self._since_s is None and model.training:
+            self._since_s = time.perf_counter()
         teacher = self.decoder(inputs)
         labels_N = next_token_labels(inputs["labels"])
         forward_inputs = {k: v for k, v in inputs.items() if k not in TEACHER_COLUMNS and k != "labels"}
@@ -148,22 +155,34 @@ class DistillationMixin:
             return num_items, 1
         return num_items, self.accelerator.num_processes // self.get_tp_size()
 
-    def n_local_tokens_seen(self) -> int:
-        """Tokens (pads not counted) that this process has trained on since it was made; waits for the device."""
-        return int(self._n_tokens_seen)
-
     def n_tokens_seen(self) -> int:
-        """The same of all ranks; every rank must call it."""
+        """Tokens (pads not counted) that all ranks have trained on since this was made; every rank must call it."""
         local = torch.as_tensor(self._n_tokens_seen, device=self.accelerator.device).reshape(1)
         return int(self.accelerator.gather(local).sum())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds kl and ce, means over the steps since the last log like Trainer's loss, and logs."""
-        if "loss" in logs and not self._train_parts.empty:
+        """Adds kl and ce, means over the steps since the last log like Trainer's loss, and the pace, and logs."""
+        is_of_training = "loss" in logs and not self._train_parts.empty
+        if is_of_training:
             n_steps = max(self.state.global_step - self._parts_since_step, 1)
             parts = self._train_parts.take(self.accelerator)
             logs.update({name: value / n_steps for name, value in parts.items()})
+            logs.update(self._pace())
         super().log(logs, *args, **kwargs)
+        if is_of_training:
+            self._since_s = None if self.control.should_training_stop else time.perf_counter()
+
+    def _pace(self) -> dict[str, float]:
+        """Tokens and seconds of training up to here, those of the history before included, and the rate since it."""
+        before = next((entry for entry in reversed(self.state.log_history) if "train_s" in entry), {})
+        n_tokens_seen = self.n_tokens_seen()  # waits for the device
+        n_tokens, self._n_tokens_logged = n_tokens_seen - self._n_tokens_logged, n_tokens_seen
+        seconds = max(time.perf_counter() - (self._since_s or 0.0), 1e-9)
+        return {
+            "n_tokens": before.get("n_tokens", 0) + n_tokens,
+            "train_s": before.get("train_s", 0.0) + seconds,
+            "tokens_per_s": n_tokens / seconds,
+        }
 
     def evaluation_loop(
         self,
@@ -175,9 +194,12 @@ class DistillationMixin:
     ) -> Any:
         """Trainer's loop, with loss, kl and ce as means over all tokens: Trainer's own is a mean of batch means."""
         self._eval_parts = _Sums()
+        start_s = time.perf_counter()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
+        if self._since_s is not None:
+            self._since_s += time.perf_counter() - start_s
         if not self._eval_parts.empty:
             sums = self._eval_parts.take(self.accelerator)
             n_tokens = sums.pop("tokens")

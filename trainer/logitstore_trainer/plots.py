@@ -29,6 +29,7 @@ _TEXT_SENTINEL = "#010203"
 _GRID_SENTINEL = "#010204"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "h")  # eleven, so that 66 series differ
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+_MOST_MARKERS = 25  # on a line; beyond, they hide it
 _WIDTH_IN = 7.0
 _HEIGHT_IN = 3.9
 _LABEL_PT = 8.5
@@ -73,9 +74,15 @@ def line_plot(
     title: str = "",
     log_x: bool = False,
     log_y: bool = False,
+    y_from_zero: bool = False,
 ) -> str:
-    """An SVG of one line with markers for each series; axis labels name quantity and unit: "KL (nats)"."""
-    return _xy_plot(series, x_label, y_label, title=title, log_x=log_x, log_y=log_y, with_lines=True)
+    """An SVG of one line with markers for each series; axis labels name quantity and unit: "KL (nats)".
+
+    y_from_zero: the y axis starts at zero, so that what hardly changes looks so.
+    """
+    return _xy_plot(
+        series, x_label, y_label, title=title, log_x=log_x, log_y=log_y, with_lines=True, y_from_zero=y_from_zero
+    )
 
 
 def scatter_plot(
@@ -245,6 +252,7 @@ def _xy_plot(
     log_x: bool,
     log_y: bool,
     with_lines: bool,
+    y_from_zero: bool = False,
 ) -> str:
     figure, axes = _new_axes()
     if log_x:
@@ -257,14 +265,18 @@ def _xy_plot(
         keep = [i for i in range(len(one.x)) if _drawable(one.x[i], log_x) and _drawable(one.y[i], log_y)]
         xs, ys = [one.x[i] for i in keep], [one.y[i] for i in keep]
         line = _DASHES[index % 6] if with_lines and one.connected else "none"
+        every = -(-len(xs) // _MOST_MARKERS) if with_lines and one.connected else 1
         axes.plot(
-            xs, ys, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, linestyle=line, label=one.name
-        )
+            xs, ys, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, linestyle=line,
+            markevery=max(every, 1), label=one.name,
+        )  # fmt: skip
         if one.y_error:
             axes.errorbar(xs, ys, yerr=[one.y_error[i] or 0.0 for i in keep], fmt="none", ecolor=colour, capsize=2)
         if one.labels:
             labels += [(x, y, one.labels[i], colour) for x, y, i in zip(xs, ys, keep, strict=True)]
     axes.margins(x=0.08, y=0.12)
+    if y_from_zero:
+        axes.set_ylim(0.0, 1.06 * axes.get_ylim()[1])
     _finish_axes(axes, x_label=x_label, y_label=y_label, title=title, log_x=log_x, log_y=log_y)
     if len(series) > 1:
         _outside_legend(figure, axes)

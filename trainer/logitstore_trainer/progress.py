@@ -29,8 +29,9 @@ FIT_STAGES = {
 class _LogLines:
     """The part of tqdm's interface that we use, printing plain lines."""
 
-    def __init__(self, total: int | None, desc: str, unit: str) -> None:
-        self.total, self.desc, self.unit, self.n = total, desc, unit, 0
+    def __init__(self, total: int | None, desc: str, unit: str, start: int) -> None:
+        self.total, self.desc, self.unit, self.n, self._start = total, desc, unit, start, start
+        self._note = ""
         self._start_s = self._last_s = time.monotonic()
         self._n_printed = -1
 
@@ -41,6 +42,9 @@ class _LogLines:
             self._last_s = now_s
             self._print(now_s)
 
+    def set_postfix_str(self, note: str, refresh: bool) -> None:
+        self._note = note
+
     def close(self) -> None:
         now_s = time.monotonic()
         if now_s - self._start_s >= _QUIET_S and self.n != self._n_printed:
@@ -49,31 +53,39 @@ class _LogLines:
     def _print(self, now_s: float) -> None:
         self._n_printed = self.n
         elapsed_s = max(now_s - self._start_s, 1e-9)
-        rate = self.n / elapsed_s
+        rate = (self.n - self._start) / elapsed_s
         of_total, eta = "", ""
         if self.total:
             of_total = f"/{self.total:,} ({100 * self.n / self.total:.0f} %)"
             if rate > 0 and self.n < self.total:
                 eta = f", {tqdm.format_interval((self.total - self.n) / rate)} left"
         line = f"{self.desc}: {self.n:,}{of_total} {self.unit}, {rate:,.4g} {self.unit}/s, {elapsed_s:.0f} s{eta}"
-        print(line, file=sys.stderr, flush=True)
+        print(f"{line}; {self._note}" if self._note else line, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """A progress display to update by hand; also a context manager. `total` may be None when it is not known."""
+    """A progress display to update by hand; also a context manager. `total` may be None when it is not known.
 
-    def __init__(self, *, total: int | None, desc: str, unit: str) -> None:
+    `start` units of the total were done before: they are shown and do not count in the rate.
+    """
+
+    def __init__(self, *, total: int | None, desc: str, unit: str, start: int = 0) -> None:
         if sys.stderr.isatty():
             scale = unit in ("tokens", "rows", "bytes")
             self._display: Any = tqdm(
-                total=total, desc=desc, unit=f" {unit}", unit_scale=scale, delay=_QUIET_S, dynamic_ncols=True
-            )
+                total=total, initial=start, desc=desc, unit=f" {unit}", unit_scale=scale, delay=_QUIET_S,
+                dynamic_ncols=True,
+            )  # fmt: skip
         else:
-            self._display = _LogLines(total, desc, unit)
+            self._display = _LogLines(total, desc, unit, start)
 
     def update(self, n: int = 1) -> None:
         """Count n more units as done."""
         self._display.update(n)
+
+    def note(self, text: str) -> None:
+        """What is shown behind the count from now on: figures of the work so far."""
+        self._display.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         self._display.close()

@@ -4,22 +4,30 @@ PyTorch and transformers are imported when the run starts, not here, so that `--
 """
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from logitstore_trainer.dtypes import long_name
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+LOSS_NAMES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD", "tvd": "total variation"}
+LOSSES = tuple(LOSS_NAMES)
 TAILS = ("bucket", "uniform", "renormalised", "dropped", "dense", "sampled")
 EXAMPLES = """examples:
   logitstore train --student 20M --data teacher_logits.parquet --out student
   logitstore train --student HuggingFaceTB/SmolLM2-135M --data teacher_logits.parquet --eval-fraction 0.05 --out student
   logitstore train --student 20M --data teacher_logits.parquet --out labels-only --alpha 0
   logitstore train --student 20M --data teacher_logits.parquet --out student --resume
+  logitstore train recipe.yaml --set lr=3e-4 --set data=[a.parquet,b.parquet] --out student
+  logitstore train student/recipe.yaml --out student-again
+
+A recipe is a YAML file with lines such as "batch_size: 16", by the names of the options; every option may stand in it.
+An option on the command line wins over --set, --set over the recipe. A run leaves all its settings in OUT/recipe.yaml.
 """
 
 
@@ -64,9 +72,19 @@ class TrainConfig:
         object.__setattr__(self, "dtype", long_name(self.dtype))
 
 
+class SettingError(ValueError):
+    """A setting that makes no run; `setting` is its name in TrainConfig."""
+
+    def __init__(self, setting: str, message: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Trains a student and returns the metrics that it writes to `out`/train_metrics.json beside the model.
 
+    n_tokens, train_s, tokens_per_s and history are of the whole run, over checkpoints that it went on from; wall_s is
+    of this call. recipe.yaml, run_report.html and README.md (the model card) lie beside them.
     `callbacks` are transformers TrainerCallbacks. A finished run is not repeated when resumed: its metrics are read.
     Raises ValueError for settings that make no run, SpecMismatchError where student, stores or a run to resume do not
     fit together, and KeyboardInterrupt, with half-written files removed, when interrupted.
@@ -78,53 +96,64 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, An
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises ValueError naming the first setting that makes no run."""
-    positive = {"--epochs": config.epochs, "--temperature": config.temperature, "--batch-size": config.batch_size}
-    positive |= {"--grad-accum": config.grad_accum, "--log-every": config.log_every}
-    positive |= {"--steps": config.steps} if config.steps is not None else {}
-    positive |= {"--lr": config.lr} if config.lr is not None else {}
-    for option, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{option} {value} must be above 0")
-    if min(config.warmup, config.save_every, config.eval_every, config.workers) < 0:
-        raise ValueError("--warmup, --save-every, --eval-every and --workers must not be negative")
+    """Raises SettingError, a ValueError, naming the first setting that makes no run."""
+
+    def refuse(name: str, problem: str) -> None:
+        raise SettingError(name, f"--{name.replace('_', '-')} {getattr(config, name)!s} {problem}")
+
+    for field in fields(TrainConfig):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(field.name, "must be a finite number")
+    for name in ("epochs", "temperature", "batch_size", "grad_accum", "log_every", "steps", "lr"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            refuse(name, "must be above 0")
+    for name in ("warmup", "save_every", "eval_every", "workers"):
+        if getattr(config, name) < 0:
+            refuse(name, "must not be negative")
     if not 0 <= config.alpha <= 1:
-        raise ValueError(f"--alpha {config.alpha} must lie in [0, 1]: 0 is labels only, 1 the teacher only")
+        refuse("alpha", "must lie in [0, 1]: 0 is labels only, 1 the teacher only")
     if not 0 <= config.eval_fraction < 1:
-        raise ValueError(f"--eval-fraction {config.eval_fraction} must lie in [0, 1)")
+        refuse("eval_fraction", "must lie in [0, 1)")
     if config.eval_data and config.eval_fraction:
-        raise ValueError("--eval-data and --eval-fraction exclude each other: give one")
+        raise SettingError("eval_fraction", "--eval-data and --eval-fraction exclude each other: give one")
     if not config.data or isinstance(config.data, str):
-        raise ValueError(f"data must be a list of at least one store, got {config.data!r}")
+        raise SettingError("data", f"data must be a list of at least one store, got {config.data!r}")
     if not 0 < config.jsd_beta < 1:
-        raise ValueError(f"--jsd-beta {config.jsd_beta} must lie in (0, 1), its ends excluded")
-    choices = [("--loss", config.loss, LOSSES), ("--dtype", config.dtype, DTYPES), ("--device", config.device, DEVICES)]
-    choices += [("--tail", config.tail, TAILS)] if config.tail is not None else []
-    for option, value, known in choices:
+        refuse("jsd_beta", "must lie in (0, 1), its ends excluded")
+    for name, known in (("loss", LOSSES), ("dtype", DTYPES), ("device", DEVICES), ("tail", (None, *TAILS))):
+        value = getattr(config, name)
         if value not in known:
-            raise ValueError(f"{option} {value!r} is not one of {', '.join(known)}")
+            named = ", ".join(each for each in known if each is not None)
+            raise SettingError(name, f"--{name} {value!r} is not one of {named}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `logitstore train`; their names are the fields of TrainConfig."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = f"{parser.prog} [RECIPE] [--set NAME=VALUE ...] [options]"
     parser.epilog = EXAMPLES
-    default = {field.name: field.default for field in fields(TrainConfig)}
 
     def option(name: str, help: str, **settings: Any) -> None:
-        key = name.removeprefix("--").replace("-", "_")
-        settings.setdefault("default", default[key])
-        parser.add_argument(name, help=help, **settings)
+        # What is not given is not in the parsed arguments: a recipe or TrainConfig says it.
+        parser.add_argument(name, help=help, default=argparse.SUPPRESS, **settings)
 
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="a YAML file of settings; name it first")
     parser.add_argument(
-        "--student",
-        required=True,
-        metavar="M",
-        help="a model folder or hub name; or, from scratch with the teacher's tokenizer, a size (5M) or a shape "
-        "(llama:layers=3,width=192,heads=3)",
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting beside the recipe's",
     )
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="the store, or several of one teacher")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, checkpoints and metrics")
+    option(
+        "--student", "a model folder or hub name; or, from scratch with the teacher's tokenizer, a size (5M) or a "
+        "shape (llama:layers=3,width=192,heads=3)", metavar="M",
+    )  # fmt: skip
+    option("--data", "the store, or several of one teacher", nargs="+", metavar="PATH")
+    option("--out", "folder for the model, checkpoints, metrics and recipe.yaml", metavar="DIR")
     option("--eval-data", "a store to measure on, never trained on", metavar="PATH")
     option("--eval-fraction", "share of samples to hold out, in rows drawn with the seed", type=float, metavar="F")
     option("--temperature", "T of teacher and student in the KL (default 2; a store of samples needs 1)", type=float)
@@ -151,26 +180,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--eval-every", "steps between evaluations, 0 for only at the end (default)", type=int)
     option("--log-every", "steps between logged losses (default 10)", type=int)
     option("--workers", "processes that read and decode the store (default 0: the training process)", type=int)
-    option("--report-to", "tensorboard, wandb, trackio, ... (default none)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    option("--report-to", "tensorboard, wandb, trackio, ...; several with commas between them (default none)")
+    option("--resume", "continue the run in --out from its last checkpoint", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `logitstore train` and prints what came out; returns the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
+    config = config_of_arguments(args)
     metrics = train(config)
     print(summary(metrics, config.out))
     return 0
 
 
+def config_of_arguments(args: argparse.Namespace) -> TrainConfig:
+    """The settings that parsed arguments stand for, with those of the recipe that they name.
+
+    Raises ValueError for what a recipe, --set or option says wrong, and where student, data or out is not said.
+    """
+    from logitstore_trainer.recipe import resolved_config
+
+    given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
+    swallowed = [path for path in given.get("data", []) if path.endswith((".yaml", ".yml"))]
+    if swallowed:
+        raise ValueError(f"--data {swallowed[0]} is no store; name a recipe first: logitstore train {swallowed[0]} ...")
+    return resolved_config(args.recipe, args.overrides, given)
+
+
 def summary(metrics: dict[str, Any], out: str) -> str:
     """A few lines for the terminal about a finished run."""
-    temperature = metrics["config"]["temperature"]
+    temperature, name = metrics["config"]["temperature"], LOSS_NAMES[metrics["config"]["loss"]]
     lines = [
-        f"{metrics['steps']:,} steps of {metrics['n_parameters']:,} parameters in {metrics['wall_s']:.0f} s, "
+        f"{metrics['steps']:,} steps of {metrics['n_parameters']:,} parameters in {metrics['train_s']:.0f} s, "
         f"{metrics['tokens_per_s']:,.0f} tokens/s",
-        f"training, last logged: loss {metrics['loss']:.4f}, KL at T = {temperature:g} (without its factor T^2) "
+        f"training, last logged: loss {metrics['loss']:.4f}, {name} at T = {temperature:g} (without its factor T^2) "
         f"{metrics['kl']:.4f}, cross-entropy {metrics['ce']:.4f} nats/token",
     ]
     if "held_out" in metrics:
@@ -180,4 +223,4 @@ def summary(metrics: dict[str, Any], out: str) -> str:
             f"{held_out['kl_store_nats']:.4f} nats/token, top-1 agreement {held_out['top1_agreement']:.1%} "
             f"over {held_out['n_tokens']:,} tokens"
         )
-    return "\n".join([*lines, f"model and train_metrics.json: {out}"])
+    return "\n".join([*lines, f"model, model card, train_metrics.json and run_report.html: {out}"])

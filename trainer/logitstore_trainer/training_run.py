@@ -22,10 +22,14 @@ from transformers.trainer_callback import PrinterCallback
 
 import logitstore
 from logitstore_trainer import checkpoints
+from logitstore_trainer.bench.environment import environment
 from logitstore_trainer.decoder import decoder_for_dataset, fitting_tail
 from logitstore_trainer.evaluate import evaluate_student
 from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
+from logitstore_trainer.model_card import CARD_NAME, model_card
+from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
+from logitstore_trainer.run_report import REPORT_NAME, write_run_report
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
 from logitstore_trainer.train_progress import ReportProgress
@@ -46,10 +50,10 @@ def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str
 
 def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     out = Path(config.out)
-    train_set, eval_set, store = _open_data(config)
+    train_set, eval_set, stores = _open_data(config)
     tail = fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
     check_divergence_of_tail(config.loss, tail)
-    identity = _identity(config, train_set, store)
+    identity = _identity(config, train_set, stores[0])
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
         checkpoints.check_folder(out, identity, resume=config.resume)
@@ -57,13 +61,17 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     if finished is not None:
         print(f"{out} holds this run, finished: nothing to do", file=sys.stderr)
         return finished
-    student = build_student(config.student, store, seed=config.seed)
+    student = build_student(config.student, stores[0], seed=config.seed)
     trainer = _make_trainer(config, student, train_set, eval_set, callbacks)
     if is_main:
         checkpoints.start_folder(out, identity)
+        checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer)))
     try:
         with checkpoints.write_errors_named(out):
-            return _train_and_save(config, student, trainer, eval_set, out)
+            metrics = _train(config, student, trainer, eval_set, out)
+            if is_main:
+                _save(metrics, student, trainer, stores, out)
+            return metrics
     except KeyboardInterrupt as interrupt:
         checkpoints.remove_partial(out)
         kept = checkpoints.last_complete_checkpoint(out)
@@ -73,7 +81,7 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
         ) from interrupt
 
 
-def _train_and_save(
+def _train(
     config: TrainConfig, student: Student, trainer: DistillationTrainer, eval_set: Any, out: Path
 ) -> dict[str, Any]:
     checkpoint = checkpoints.last_complete_checkpoint(out)
@@ -85,15 +93,26 @@ def _train_and_save(
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = _metrics(config, student, trainer, eval_set, wall_s=time.perf_counter() - start_s)
-    if trainer.is_world_process_zero():
-        checkpoints.save_final_model(trainer.accelerator.unwrap_model(trainer.model), student.tokenizer, out)
-        checkpoints.write_json(out / checkpoints.METRICS_NAME, metrics)
-    return metrics
+    return _metrics(config, student, trainer, eval_set, wall_s=time.perf_counter() - start_s)
 
 
-def _open_data(config: TrainConfig) -> tuple[Any, Any, logitstore.LogitStore]:
-    """The training set, the held-out set or None, and the first store."""
+def _save(
+    metrics: dict[str, Any],
+    student: Student,
+    trainer: DistillationTrainer,
+    stores: list[logitstore.LogitStore],
+    out: Path,
+) -> None:
+    """Writes what a finished run leaves; the metrics last, since they mark it as finished."""
+    checkpoints.save_final_model(trainer.accelerator.unwrap_model(trainer.model), student.tokenizer, out)
+    recipe = (out / RECIPE_NAME).read_text(encoding="utf-8")
+    write_run_report(out / REPORT_NAME, metrics, recipe=recipe, environment=environment())
+    checkpoints.write_text(out / CARD_NAME, model_card(metrics, stores, from_scratch=student.from_scratch))
+    checkpoints.write_json(out / checkpoints.METRICS_NAME, metrics)
+
+
+def _open_data(config: TrainConfig) -> tuple[Any, Any, list[logitstore.LogitStore]]:
+    """The training set, the held-out set or None, and the stores that they are of."""
     stores = [logitstore.open(path) for path in config.data]
     train_set = stores[0] if len(stores) == 1 else torch.utils.data.ConcatDataset(stores)
     eval_set = logitstore.open(config.eval_data) if config.eval_data else None
@@ -103,7 +122,7 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, logitstore.LogitStore]:
         train_set = torch.utils.data.Subset(train_set, split.train)
     if len(train_set) == 0:
         raise ValueError(f"{' and '.join(config.data)} leaves no sample to train on")
-    return train_set, eval_set, stores[0]
+    return train_set, eval_set, stores
 
 
 def _make_trainer(
@@ -162,15 +181,19 @@ def _metrics(
     history = trainer.state.log_history
     logged = [entry for entry in history if "kl" in entry]
     last = logged[-1] if logged else {}
-    n_tokens = trainer.n_tokens_seen()
+    n_tokens, train_s = last.get("n_tokens", 0), last.get("train_s", 0.0)
     metrics = {
         **{name: last.get(name) for name in ("loss", "kl", "ce")},
         "steps": trainer.state.global_step,
         "epoch": trainer.state.epoch,
         "n_parameters": sum(parameter.numel() for parameter in student.model.parameters()),
-        "wall_s": wall_s,
+        "samples_per_step": trainer.args.train_batch_size * config.grad_accum * trainer.args.world_size,
+        "tail": trainer.tail,
+        "peak_lr": trainer.args.learning_rate,
         "n_tokens": n_tokens,
-        "tokens_per_s": n_tokens / wall_s,
+        "train_s": train_s,
+        "tokens_per_s": n_tokens / train_s if train_s else 0.0,
+        "wall_s": wall_s,
     }
     if eval_set is not None:
         evaluated = trainer.evaluate()
@@ -178,6 +201,18 @@ def _metrics(
         held_out = evaluate_student(trainer.model, eval_set, trainer.decoder, batch_size=config.batch_size)
         metrics["held_out"] = held_out.to_json()
     return {**metrics, "config": {**asdict(config), "data": list(config.data)}, "history": history}
+
+
+def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer) -> dict[str, str]:
+    """What the settings that were left to the trainer came to, by name."""
+    chosen = {"tail": trainer.tail} if config.tail is None else {}
+    if config.lr is None:
+        chosen["lr"] = f"{trainer.args.learning_rate:g}"
+    if config.dtype == "auto":
+        chosen["dtype"] = "bfloat16" if trainer.args.bf16 else "float32"
+    if config.device == "auto":
+        chosen["device"] = trainer.args.device.type
+    return {name: f"here {value}" for name, value in chosen.items()}
 
 
 def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore) -> dict[str, Any]:
@@ -197,8 +232,9 @@ def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore)
 
 def _reporters(report_to: str) -> list[TrainerCallback]:
     """transformers' callbacks that --report-to names, made before anything slow. Raises ValueError if it cannot be."""
+    names: str | list[str] = report_to if "," not in report_to else [name.strip() for name in report_to.split(",")]
     try:
-        return [callback() for callback in get_reporting_integration_callbacks(report_to)]
+        return [callback() for callback in get_reporting_integration_callbacks(names)]
     except (ValueError, RuntimeError, ImportError) as error:
         first_line = str(error).split("\n")[0].rstrip(". ")
         raise ValueError(f"--report-to {report_to} cannot be used: {first_line}; name another, or none") from None

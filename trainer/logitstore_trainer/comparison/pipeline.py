@@ -146,7 +146,7 @@ def _train_student(
         "alpha": config.alpha,
         "n_parameters": metrics["n_parameters"],
         "n_tokens_trained": metrics["n_tokens"],
-        "train_seconds": metrics["wall_s"],
+        "train_seconds": metrics["train_s"],
         "train_tokens_per_s": metrics["tokens_per_s"],
         "ce_by_step": [[entry["step"], entry["ce"]] for entry in metrics["history"] if "ce" in entry],
     }
