@@ -26,7 +26,8 @@ _LOSS_TAIL_OF_CODEC = {"residual": "bucket", "sampled": "sampled", "predicted": 
 class TeacherDecoder(torch.nn.Module):
     """Decodes batches of one store: `TeacherDecoder(store).to(device)(batch)` is a TeacherBatch of B * L rows.
 
-    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's.
+    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` and `store_path` (None
+    where it has none) are the store's.
     One-byte codes stay codes: they are decoded where the loss is computed. Of a store with predicted tails the batch
     has the dense tail. The table of the codes and the model's arrays are buffers, which `to` moves and no checkpoint
     holds.
@@ -35,6 +36,7 @@ class TeacherDecoder(torch.nn.Module):
     def __init__(self, store: "LogitStore") -> None:
         super().__init__()
         self.spec: StoreSpec = store.spec
+        self.store_path = getattr(store, "path", None)
         table = getattr(self.spec.codec, "value_table", None)
         self.register_buffer("value_table", None if table is None else torch.from_numpy(table.copy()), persistent=False)
         self._model_names: list[str] = []

@@ -127,6 +127,7 @@ def evaluate_students(args: argparse.Namespace) -> Evaluated:
     from logitstore_trainer.devices import choose_device
     from logitstore_trainer.evaluate import evaluate_student
     from logitstore_trainer.held_out import split_by_source_row
+    from logitstore_trainer.special_tokens import say_notes, special_token_notes
     from logitstore_trainer.student import build_student
 
     device, store = choose_device(args.device), logitstore.open(args.data)
@@ -148,6 +149,7 @@ def evaluate_students(args: argparse.Namespace) -> Evaluated:
         student = build_student(name, store)
         if student.from_scratch:
             raise ValueError(f"student {name!r} is a size or a shape, which has random weights; name a model folder")
+        say_notes(special_token_notes(store.path, store.spec, student.tokenizer, name=name))
         measured = evaluate_student(
             student.model.to(device), dataset, decoder, temperature=args.temperature, tail=args.tail,
             teacher_model=None if teacher is None else teacher.model, batch_size=args.batch_size,

@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
 from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
+from logitstore_trainer.special_tokens import say_notes, special_token_notes
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 TEACHER_COLUMNS = (
@@ -41,6 +42,7 @@ class DistillationMixin:
     then that divergence). `decoder` is built from train_dataset (or eval_dataset) unless
     given; the collator defaults to `collate` with the tokenizer's pad token. `kl` (without alpha and T^2) and `ce` are
     logged beside the loss; evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
+    Special tokens in which processing_class differs from the store's tokenizer are said on standard error.
 
     Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
     options that would replace this loss, and for a tail or temperature that the store is not for.
@@ -80,6 +82,8 @@ class DistillationMixin:
         super().__init__(*bound.args, **bound.kwargs)
         check_vocabulary(decoder.spec, self.model)
         self.decoder = decoder.to(self.args.device)
+        if tokenizer is not None and self.is_world_process_zero():
+            say_notes(special_token_notes(decoder.store_path, decoder.spec, tokenizer))
         # Makes Trainer count the labels of a step whatever the model's forward takes, and (before 5.23) not divide.
         self.model_accepts_loss_kwargs = True
 
