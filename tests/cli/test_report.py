@@ -155,6 +155,17 @@ def test_axes_carry_their_labels_and_bars_their_values():
     assert {"size (bytes)", "KL (nats)", "T = 1"} <= set(texts)
 
 
+def test_an_interval_is_drawn_around_the_end_of_its_bar():
+    """Whiskers widen the axis to their ends: its last tick is beyond 30, without them it is not."""
+
+    def last_tick(**settings):
+        texts = _svg_texts(bar_plot(["a", "b"], {"g": [10.0, 20.0]}, value_label="right (%)", **settings))
+        return max(float(text) for text in texts if re.fullmatch(r"[\d.]+", text))
+
+    assert last_tick() < 30
+    assert last_tick(intervals={"g": [(8.0, 34.0), (20.0, 20.0)]}) > 30
+
+
 def test_colours_contrast_with_their_background():
     for colours, background in ((LIGHT_SERIES, "#ffffff"), (DARK_SERIES, "#14171a")):
         assert len(set(colours)) == 6
@@ -168,6 +179,8 @@ def test_series_of_unequal_lengths_are_refused():
         Series("s", [1, 2], [1, 2], labels=["a"])
     with pytest.raises(ValueError, match="group 'g' has 1 values for 2 categories"):
         bar_plot(["a", "b"], {"g": [1.0]}, value_label="x (s)")
+    with pytest.raises(ValueError, match="group 'g' has 1 intervals for 2 categories"):
+        bar_plot(["a", "b"], {"g": [1.0, 2.0]}, value_label="x (s)", intervals={"g": [(0.5, 1.5)]})
 
 
 def test_cells_are_written_as_people_read_them():

@@ -188,6 +188,18 @@ def test_a_batch_gives_what_each_sequence_gives_alone(tiny_llama_config):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "squashed"])
+def test_in_float64_a_batch_is_each_sequence_alone_to_1e_10(kind, tiny_llama_config):
+    """Nothing of a neighbour in the batch, nor of pads, reaches a row."""
+    teacher = teacher_of(build(kind, tiny_llama_config), torch.float64)
+    sequences = random_ids(70, 50, 17, 2)
+    forward = choose_forward(teacher, sequences[0])
+    together = forward.reduced(sequences, [None] * 4, lambda logits: (logits.clone(),))
+    for ids, (logits_LV,) in zip(sequences, together, strict=True):
+        assert logits_LV.dtype == torch.float64
+        torch.testing.assert_close(logits_LV, own_logits(teacher, ids), atol=1e-10, rtol=1e-10)
+
+
 def test_the_named_tuple_of_the_reduction_comes_back(tiny_llama_config):
     class Top(NamedTuple):
         largest_N: torch.Tensor

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from logitstore_kernels import distillation_loss
-from logitstore_trainer import TeacherDecoder, collate, distill
+from logitstore_trainer import TeacherDecoder, collate, collate_packed, distill
 from logitstore_trainer.collator import next_token_labels
 from logitstore_trainer.decoder import default_tail
+from logitstore_trainer.packing import SAMPLE_PLACES
 from made_up_teacher import SETTINGS, V, teacher_samples
 from transformers import Trainer, TrainingArguments
 
@@ -83,3 +84,15 @@ def test_the_hook_refuses_a_store_whose_decoder_needs_the_tokens(store: logitsto
     trainer = Trainer(new_student(2, vocab_size=V), args, train_dataset=store)
     with pytest.raises(ValueError, match=r"does not see the tokens.*DistillationTrainer"):
         distill(trainer, temperature=1.0)
+
+
+def test_packed_samples_have_the_tails_of_separate_ones(store: logitstore.LogitStore) -> None:
+    """A prediction reads the rows around it, so one that saw a neighbour in the row would be another."""
+    samples = [store[0], store[1], store[2], store[1]]
+    packed, decoder = collate_packed(samples), TeacherDecoder(store)
+    assert packed["input_ids"].shape[0] == 3
+    got_Nr = decoder(packed).dense_tail.coefs_Nr
+    for s, sample in enumerate(samples):
+        own = packed[SAMPLE_PLACES][s, : len(sample.input_ids)]
+        expected_Lr = decoder(collate([sample])).dense_tail.coefs_Nr
+        assert torch.allclose(got_Nr[own], expected_Lr, rtol=1e-5, atol=1e-5)

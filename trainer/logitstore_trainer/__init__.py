@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from logitstore_trainer.decoder import TeacherDecoder
     from logitstore_trainer.hf_trainer import DistillationMixin, DistillationTrainer
     from logitstore_trainer.loss_hook import distill
+    from logitstore_trainer.packing import collate_packed
 
 __all__ = [
     "DistillationLoss",
@@ -22,11 +23,13 @@ __all__ = [
     "OptimizerSteps",
     "TeacherDecoder",
     "collate",
+    "collate_packed",
     "distill",
 ]
 
 _HOME = {
     "collate": "logitstore_trainer.collator",
+    "collate_packed": "logitstore_trainer.packing",
     "TeacherDecoder": "logitstore_trainer.decoder",
     "DistillationTrainer": "logitstore_trainer.hf_trainer",
     "DistillationMixin": "logitstore_trainer.hf_trainer",

@@ -15,6 +15,7 @@ from logitstore_kernels import TeacherBatch
 from logitstore.codecs.checks import require_tables
 from logitstore.errors import SpecMismatchError
 from logitstore.tail_model import TailInputs, model_tensors, predicted_coefs
+from logitstore_trainer.packing import SAMPLE_PLACES, by_sample, in_rows
 
 if TYPE_CHECKING:
     from logitstore import LogitStore, StoreSpec
@@ -26,7 +27,8 @@ _LOSS_TAIL_OF_CODEC = {"residual": "bucket", "sampled": "sampled", "predicted": 
 class TeacherDecoder(torch.nn.Module):
     """Decodes batches of one store: `TeacherDecoder(store).to(device)(batch)` is a TeacherBatch of B * L rows.
 
-    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` is the store's.
+    Row b * L + t describes token t + 1 of sample b; absent rows and pads have no entries. `spec` and `store_path` (None
+    where it has none) are the store's.
     One-byte codes stay codes: they are decoded where the loss is computed. Of a store with predicted tails the batch
     has the dense tail. The table of the codes and the model's arrays are buffers, which `to` moves and no checkpoint
     holds.
@@ -35,6 +37,7 @@ class TeacherDecoder(torch.nn.Module):
     def __init__(self, store: "LogitStore") -> None:
         super().__init__()
         self.spec: StoreSpec = store.spec
+        self.store_path = getattr(store, "path", None)
         table = getattr(self.spec.codec, "value_table", None)
         self.register_buffer("value_table", None if table is None else torch.from_numpy(table.copy()), persistent=False)
         self._model_names: list[str] = []
@@ -45,7 +48,7 @@ class TeacherDecoder(torch.nn.Module):
                 self.register_buffer(f"tail_{name}", tensor, persistent=False)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> TeacherBatch:
-        """The teacher of a batch made by `collate`, on the batch's device.
+        """The teacher of a batch made by `collate` or `collate_packed`, on the batch's device.
 
         Raises ValueError if the teacher's columns are missing, as when another collator made the batch.
         """
@@ -62,8 +65,28 @@ class TeacherDecoder(torch.nn.Module):
         if not self._model_names:
             return teacher
         tensors = {name: getattr(self, f"tail_{name}") for name in self._model_names}
-        coefs_BLr = _coefs(tensors, batch, teacher.logprobs_NK.view_as(batch["teacher_ids"]))
-        return teacher.with_dense_tail(coefs_BLr.flatten(0, 1), tensors["basis"], tensors["bias"])
+        logps_BLK = teacher.logprobs_NK.view_as(batch["teacher_ids"])
+        if SAMPLE_PLACES in batch:
+            coefs_Nr = _packed_coefs(tensors, batch, logps_BLK)
+        else:
+            coefs_Nr = _coefs(tensors, batch, logps_BLK).flatten(0, 1)
+        return teacher.with_dense_tail(coefs_Nr, tensors["basis"], tensors["bias"])
+
+
+def _packed_coefs(
+    tensors: dict[str, torch.Tensor], batch: Mapping[str, torch.Tensor], logps_BLK: torch.Tensor
+) -> torch.Tensor:
+    """The same [N, r] for a packed batch: a prediction reads the other rows of its sample, so each is taken apart."""
+    places_SM = batch[SAMPLE_PLACES]
+    parts = {
+        name: by_sample(batch[name], places_SM, pad)
+        for name, pad in (
+            ("input_ids", 0), ("teacher_ids", -1), ("teacher_tail_logmass", torch.nan),
+            ("teacher_tail_logmoment_half", torch.nan), ("teacher_corrections", 0.0),
+        ) if name in batch
+    }  # fmt: skip
+    coefs_SMr = _coefs(tensors, parts, by_sample(logps_BLK, places_SM, -torch.inf))
+    return in_rows(coefs_SMr, places_SM, batch["input_ids"].numel())
 
 
 @torch.no_grad()

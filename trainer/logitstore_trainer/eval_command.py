@@ -1,28 +1,30 @@
 """`logitstore eval`: students on one held-out store, side by side: table, results.json and report.html.
 
 A student is a folder or a hub name. `--eval-fraction F --seed S` takes the part of a store that `train` with the same
-two held out; without them all of the store is measured, so give one that nobody was trained on.
+two held out; without them all of the store is measured, so give one that nobody was trained on. `--answers` also has
+the students, and the teacher where it is given, answer questions whose right number is known.
 """
 
 import argparse
+import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from logitstore_trainer.report import Paragraph, Plot, Section, Series, Table, bar_plot, format_table, line_plot
+from logitstore_trainer.eval_page import answers_table, page_sections, result_table
+from logitstore_trainer.report import format_table
 from logitstore_trainer.report import write_report as write_page
+
+if TYPE_CHECKING:
+    from logitstore_trainer.answers import Questions
+    from logitstore_trainer.student import Student
 
 EXAMPLES = """examples:
   logitstore eval student labels-only --data held_out.parquet --out eval
   logitstore eval student --data teacher_logits.parquet --eval-fraction 0.05 --seed 0 --out eval
   logitstore eval student --data held_out.parquet --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out eval
+  logitstore eval student --data held_out.parquet --answers gsm8k-test.jsonl --answer-rows 200 --out eval
 """
-MEANING = (
-    "Means over held-out tokens. Perplexity: e to the cross-entropy with the text. KL(teacher || student) at the given "
-    "T, in nats, without the factor T^2, against the stored teacher or, exact and at T = 1, the live one. Agreement: "
-    "student and teacher rank the same token first. Calibration error: how far the confidence in the first guess is "
-    "from how often it is right, over 15 bins."
-)
+DEFAULT_NEW_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="T of the KL to the store (default 1)")
     parser.add_argument("--tail", help="as in train (default: what suits the store)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples per forward pass (default 8)")
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        help='questions to answer: rows of prompt and completion (or messages) with the right number behind "####"',
+    )
+    parser.add_argument("--answer-rows", type=int, metavar="N", help="the first N of them (default: all)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS})",
+    )
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
 
 
@@ -49,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--eval-fraction {args.eval_fraction} must lie in (0, 1); leave it out to measure all")
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature} must be above 0 and finite")
+    _check_answer_options(args)
     twice = next((name for name in args.students if args.students.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"student {twice} is named twice; name each once")
@@ -57,87 +72,118 @@ def run(args: argparse.Namespace) -> int:
 
     out = output_folder(args.out)
     with transformers_display_kept():
-        students = evaluate_students(args)
-    results = {"data": str(args.data), "students": students, "environment": environment()}
+        evaluated = evaluate_students(args)
+    answers = [{"model": name, **answer} for name, each in evaluated.answers.items() for answer in each]
+    results = {
+        "data": str(args.data),
+        "students": evaluated.students,
+        "teacher": evaluated.teacher,
+        "questions": evaluated.questions,
+        "environment": environment(),
+    }
     write_json(out / "results.json", results)
+    if args.answers is not None:
+        (out / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
     write_page(out / "report.html", "Students on held-out text", page_sections(results), str(args.data))
     print(format_table(*result_table(results)))
-    print(f"\nresults.json and report.html: {out}")
+    if args.answers is not None:
+        print(f"\n{format_table(*answers_table(results))}")
+    also = ", answers.jsonl" if args.answers is not None else ""
+    print(f"\nresults.json{also} and report.html: {out}")
     return 0
 
 
-def evaluate_students(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """{student: its Evaluation as JSON, with n_parameters}; each model is let go before the next one is loaded."""
+def _check_answer_options(args: argparse.Namespace) -> None:
+    for option, value in (("--answer-rows", args.answer_rows), ("--max-new-tokens", args.max_new_tokens)):
+        if value is not None and args.answers is None:
+            raise ValueError(f"{option} is for --answers FILE; add it, or leave it out")
+        if value is not None and value <= 0:
+            raise ValueError(f"{option} {value} must be above 0")
+
+
+class Evaluated(NamedTuple):
+    """What evaluate_students hands back, as JSON values.
+
+    students: {name: its Evaluation, n_parameters, and exact_match or None}. teacher: {name, n_parameters, exact_match},
+    None without --teacher. questions: what --answers was. answers: {model: its answers}.
+    """
+
+    students: dict[str, dict[str, Any]]
+    teacher: dict[str, Any] | None
+    questions: dict[str, Any] | None
+    answers: dict[str, list[dict[str, Any]]]
+
+
+def evaluate_students(args: argparse.Namespace) -> Evaluated:
+    """Measures the students, and has them answer; each model but the teacher is let go before the next one is loaded.
+
+    Raises ValueError for arguments that do not fit, SpecMismatchError for a student that the store is not for.
+    """
     import torch
 
     import logitstore
+    from logitstore_trainer.answers import read_questions
     from logitstore_trainer.decoder import TeacherDecoder, fitting_tail
     from logitstore_trainer.devices import choose_device
     from logitstore_trainer.evaluate import evaluate_student
     from logitstore_trainer.held_out import split_by_source_row
+    from logitstore_trainer.special_tokens import say_notes, special_token_notes
     from logitstore_trainer.student import build_student
 
     device, store = choose_device(args.device), logitstore.open(args.data)
+    questions = None if args.answers is None else read_questions(args.answers, args.answer_rows)
     dataset = store
     if args.eval_fraction is not None:
         dataset = torch.utils.data.Subset(store, split_by_source_row([store], args.eval_fraction, args.seed).held_out)
     decoder = TeacherDecoder(store).to(device)
     fitting_tail(decoder, args.tail, args.temperature)
-    teacher = None if args.teacher is None else build_student(args.teacher, store).model.to(device)
+    answers: dict[str, list[dict[str, Any]]] = {}
+    teacher, teacher_result = None, None
+    if args.teacher is not None:
+        teacher = build_student(args.teacher, store)
+        teacher.model.to(device)
+        score = _score(args, args.teacher, teacher, questions, store.spec.vocab_size, answers)
+        teacher_result = {"name": args.teacher, "n_parameters": teacher.model.num_parameters(), "exact_match": score}
     results = {}
     for name in args.students:
         student = build_student(name, store)
         if student.from_scratch:
             raise ValueError(f"student {name!r} is a size or a shape, which has random weights; name a model folder")
+        say_notes(special_token_notes(store.path, store.spec, student.tokenizer, name=name))
         measured = evaluate_student(
             student.model.to(device), dataset, decoder, temperature=args.temperature, tail=args.tail,
-            teacher_model=teacher, batch_size=args.batch_size,
+            teacher_model=None if teacher is None else teacher.model, batch_size=args.batch_size,
         )  # fmt: skip
-        results[name] = {**measured.to_json(), "n_parameters": student.model.num_parameters()}
-    return results
+        score = _score(args, name, student, questions, store.spec.vocab_size, answers)
+        results[name] = {**measured.to_json(), "n_parameters": student.model.num_parameters(), "exact_match": score}
+    return Evaluated(results, teacher_result, _described(args, questions), answers)
 
 
-def result_table(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """(headers, a row for each student) of the one table."""
-    students = results["students"]
-    first = next(iter(students.values()))
-    headers = ["student", "parameters", "tokens", "perplexity", "loss (nats)"]
-    headers += [f"KL to store, T = {first['temperature']:g} (nats)", "KL to teacher (nats)"]
-    headers += [f"top-1 agreement with {first['top1_against']}", "calibration error"]
-    return headers, [
-        [
-            name, one["n_parameters"], one["n_tokens"], one["perplexity"], one["loss_nats"], one["kl_store_nats"],
-            one["kl_teacher_nats"], f"{one['top1_agreement']:.1%}", f"{one['calibration_error']:.2%}",
-        ]
-        for name, one in students.items()
-    ]  # fmt: skip
+def _score(
+    args: argparse.Namespace,
+    name: str,
+    model: "Student",
+    questions: "Questions | None",
+    vocab_size: int,
+    answers: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any] | None:
+    """The ExactMatch of a model as JSON, or None without questions. Mutates `answers`, which gets what it wrote."""
+    from logitstore_trainer.answers import answer_questions, exact_match
+
+    if questions is None:
+        return None
+    written = answer_questions(
+        name, model.model, model.tokenizer, questions, vocab_size=vocab_size,
+        max_new_tokens=args.max_new_tokens or DEFAULT_NEW_TOKENS, batch_size=args.batch_size,
+    )  # fmt: skip
+    answers[name] = [answer.to_json() for answer in written]
+    return exact_match(written).to_json()
 
 
-def page_sections(results: dict[str, Any]) -> list[Section]:
-    """What report.html shows: the table, bars of KL and loss, the calibration curves, and where it was run."""
-    from logitstore_trainer.bench.environment import environment_rows
-
-    students: dict[str, dict[str, Any]] = results["students"]
-    names = list(students)
-    is_exact = all(one["kl_teacher_nats"] is not None for one in students.values())
-    key, whose = ("kl_teacher_nats", "teacher") if is_exact else ("kl_store_nats", "stored teacher")
-    kls = bar_plot(names, {"KL": [one[key] for one in students.values()]}, value_label=f"KL({whose} || student) (nats)")
-    losses = bar_plot(
-        names, {"loss": [one["loss_nats"] for one in students.values()]}, value_label="held-out loss (nats per token)"
-    )
-    return [
-        Section("What came out", [Table(*result_table(results), MEANING)]),
-        Section("Closeness to the teacher", [Plot(kls, "Shorter is closer."), Plot(losses, "Shorter is better.")]),
-        Section("Calibration", [Plot(calibration_plot(students), "On the diagonal, confidence is what it says."),
-                                Paragraph("Above it a student is right more often than it believes, below less.")]),
-        Section("Where it was run", [Table(("what", "value"), environment_rows(results["environment"]))]),
-    ]  # fmt: skip
-
-
-def calibration_plot(students: dict[str, dict[str, Any]]) -> str:
-    """An SVG: share of right first guesses over the mean confidence, a line a student, and the diagonal."""
-    lines = [Series("perfect", [0.0, 1.0], [0.0, 1.0])]
-    for name, one in students.items():
-        filled: Sequence[dict[str, Any]] = [each for each in one["calibration"] if each["n_rows"]]
-        lines.append(Series(name, [each["mean_confidence"] for each in filled], [each["accuracy"] for each in filled]))
-    return line_plot(lines, x_label="mean confidence in the first guess", y_label="share that is right")
+def _described(args: argparse.Namespace, questions: "Questions | None") -> dict[str, Any] | None:
+    if questions is None:
+        return None
+    return {
+        "file": str(questions.path), "sha256": questions.sha256, "n": len(questions.rows),
+        "max_new_tokens": args.max_new_tokens or DEFAULT_NEW_TOKENS,
+    }  # fmt: skip

@@ -20,6 +20,8 @@ from transformers import Trainer
 
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
 from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
+from logitstore_trainer.packing import SAMPLE_PLACES, collate_packed, model_inputs, require_packing
+from logitstore_trainer.special_tokens import say_notes, special_token_notes
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 TEACHER_COLUMNS = (
@@ -39,14 +41,16 @@ class DistillationMixin:
 
     Put it before a Trainer class. `temperature` is T, on both sides; `alpha` is in [0, 1]; `tail` as in
     `distillation_loss`, None for what suits the store; `divergence` and `jsd_beta` as there, in the KL's place (`kl` is
-    then that divergence). `decoder` is built from train_dataset (or eval_dataset) unless
-    given; the collator defaults to `collate` with the tokenizer's pad token. `kl` (without alpha and T^2) and `ce` are
-    logged beside the loss, and of all ranks, over checkpoints that a run went on from: `n_tokens` (trained on, pads not
-    counted), `train_s` (their seconds, evaluations not counted) and `tokens_per_s` since the last log. Evaluation
-    reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
+    then that divergence). `decoder` is built from train_dataset (or eval_dataset) unless given; the collator, unless
+    given, is `collate` with the tokenizer's pad token, or with `pack` `collate_packed`. `kl` (without alpha and T^2) and
+    `ce` are logged beside the loss, and of all ranks, over checkpoints that a run went on from: `n_tokens` (trained on,
+    pads not counted), `train_s` (their seconds, evaluations not counted) and `tokens_per_s` since the last log.
+    Evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
+    Special tokens in which processing_class differs from the store's tokenizer are said on standard error.
 
     Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
-    options that would replace this loss, and for a tail or temperature that the store is not for.
+    options that would replace this loss, for a tail or temperature that the store is not for, and for a model that
+    cannot be packed.
     """
 
     # The loss is already a share of the whole accumulated batch; Trainer must not divide it again.
@@ -61,6 +65,7 @@ class DistillationMixin:
         decoder: TeacherDecoder | None = None,
         divergence: str = "forward_kl",
         jsd_beta: float = 0.5,
+        pack: bool = False,
         **kwargs: Any,
     ) -> None:
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
@@ -73,7 +78,10 @@ class DistillationMixin:
         if tokenizer is not None:
             check_tokenizer(decoder.spec, tokenizer)
         if given.get("data_collator") is None:
-            given["data_collator"] = partial(collate, pad_token_id=_pad_token_id(tokenizer))
+            collator = collate_packed if pack else collate
+            given["data_collator"] = partial(collator, pad_token_id=_pad_token_id(tokenizer))
+        elif pack:
+            raise ValueError("pack=True and a data_collator exclude each other: leave one out")
         self.temperature, self.alpha, self.tail = temperature, alpha, fitting_tail(decoder, tail, temperature)
         check_divergence_of_tail(divergence, self.tail)
         self.divergence, self.jsd_beta = divergence, jsd_beta
@@ -84,7 +92,11 @@ class DistillationMixin:
         self._since_s: float | None = None  # when the training that the next log tells of began
         super().__init__(*bound.args, **bound.kwargs)
         check_vocabulary(decoder.spec, self.model)
+        if pack:
+            require_packing(self.model)
         self.decoder = decoder.to(self.args.device)
+        if tokenizer is not None and self.is_world_process_zero():
+            say_notes(special_token_notes(decoder.store_path, decoder.spec, tokenizer))
         # Makes Trainer count the labels of a step whatever the model's forward takes, and (before 5.23) not divide.
         self.model_accepts_loss_kwargs = True
 
@@ -104,8 +116,9 @@ class DistillationMixin:
             self._since_s = time.perf_counter()
         teacher = self.decoder(inputs)
         labels_N = next_token_labels(inputs["labels"])
-        forward_inputs = {k: v for k, v in inputs.items() if k not in TEACHER_COLUMNS and k != "labels"}
-        outputs = model(**forward_inputs)
+        is_packed = SAMPLE_PLACES in inputs
+        others = {name: value for name, value in inputs.items() if name not in TEACHER_COLUMNS and name != "labels"}
+        outputs = model(**(model_inputs(inputs) if is_packed else others))
         n_items, n_ranks = self._denominator(num_items_in_batch)
         parts = distillation_loss_parts(
             outputs.logits.flatten(0, 1),
@@ -124,7 +137,8 @@ class DistillationMixin:
             if self._train_parts.empty:
                 self._parts_since_step = self.state.global_step
             self._train_parts.add(kl=parts.kl * n_ranks, ce=parts.ce * n_ranks)
-            self._n_tokens_seen = self._n_tokens_seen + inputs["attention_mask"].sum()
+            is_token = inputs[SAMPLE_PLACES] >= 0 if is_packed else inputs["attention_mask"]
+            self._n_tokens_seen = self._n_tokens_seen + is_token.sum()
         else:
             n_items = (labels_N != IGNORE_INDEX).sum() if n_items is None else n_items
             shares = {"loss": loss.detach(), "kl": parts.kl * n_ranks, "ce": parts.ce * n_ranks}

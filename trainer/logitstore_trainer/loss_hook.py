@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from logitstore_trainer.batch_loss import DistillationLoss
 from logitstore_trainer.collator import collate
+from logitstore_trainer.special_tokens import say_notes, special_token_notes
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 
@@ -40,6 +41,8 @@ def distill(
     check_vocabulary(spec, model)
     if trainer.processing_class is not None:
         check_tokenizer(spec, trainer.processing_class)
+        if trainer.is_world_process_zero():
+            say_notes(special_token_notes(loss.decoder.store_path, spec, trainer.processing_class))
     pad_token_id = getattr(trainer.processing_class, "pad_token_id", None) or 0
 
     def loss_function(*, logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **columns: Any) -> Tensor:

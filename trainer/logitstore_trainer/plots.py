@@ -105,27 +105,37 @@ def bar_plot(
     value_label: str,
     title: str = "",
     log: bool = False,
+    intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> str:
     """An SVG of horizontal bars, one for each category and group, with the value written at its end.
 
     groups maps a legend name to one value for each category; None draws no bar. value_label has the
-    quantity and its unit. Raises ValueError where a group has another number of values.
+    quantity and its unit. intervals maps a group to (low, high) around each of its values, drawn as whiskers.
+    Raises ValueError where a group has another number of values or intervals.
     """
+    intervals = intervals or {}
     for name, values in groups.items():
-        if len(values) != len(categories):
-            raise ValueError(f"group {name!r} has {len(values)} values for {len(categories)} categories")
+        for what, given in (("values", values), ("intervals", intervals.get(name, values))):
+            if len(given) != len(categories):
+                raise ValueError(f"group {name!r} has {len(given)} {what} for {len(categories)} categories")
     n_bars = max(len(categories) * len(groups), 1)
     figure, axes = _new_axes(height_in=max(1.3, 0.8 + 0.27 * n_bars + 0.12 * len(categories)))
     thickness = 0.8 / max(len(groups), 1)
     for index, (name, values) in enumerate(groups.items()):
         centres = [row - 0.4 + thickness * (index + 0.5) for row in range(len(categories))]
         drawn = [(c, v) for c, v in zip(centres, values, strict=True) if _drawable(v, log)]
+        whiskers = None
+        if name in intervals:
+            ends = [end for end, v in zip(intervals[name], values, strict=True) if _drawable(v, log)]
+            whiskers = [[abs(end[side] - v) for end, (_, v) in zip(ends, drawn, strict=True)] for side in (0, 1)]
         bars = axes.barh(
             [c for c, _ in drawn],
             [v for _, v in drawn],
             thickness * 0.86,
             color=_SERIES_SENTINELS[index % 6],
             label=name,
+            xerr=whiskers,
+            error_kw={"ecolor": _TEXT_SENTINEL, "elinewidth": 1.2, "capsize": 3},
         )
         axes.bar_label(
             bars,

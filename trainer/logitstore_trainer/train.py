@@ -38,8 +38,9 @@ class TrainConfig:
     student: see `build_student`. data: one store or several of one teacher. eval_data, or eval_fraction in (0, 1) of
     the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
     lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
-    cosine to zero. A step takes batch_size * grad_accum samples per process. dtype: bf16 and fp32 stand for the long
-    names. loss: the divergence of `distillation_loss`. save_every, eval_every: steps between, 0 for only at the end.
+    cosine to zero. A step takes batch_size * grad_accum samples per process; pack: several in a row where they fit.
+    dtype: bf16 and fp32 stand for the long names. loss: the divergence of `distillation_loss`. save_every, eval_every:
+    steps between, 0 for only at the end.
     """
 
     student: str
@@ -56,6 +57,7 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 8
     grad_accum: int = 1
+    pack: bool = False
     lr: float | None = None
     warmup: float = 0.05
     dtype: str = "auto"
@@ -168,6 +170,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--steps", "optimizer steps, instead of --epochs", type=int)
     option("--batch-size", "samples per forward pass and process (default 8)", type=int)
     option("--grad-accum", "forward passes per optimizer step (default 1)", type=int)
+    parser.add_argument(
+        "--pack", action="store_true", help="put short samples together into rows: fewer pads, same loss"
+    )
     option("--lr", "peak learning rate (default 1e-3 from scratch, 5e-5 for a loaded student)", type=float)
     option("--warmup", "warm-up steps if at least 1, else share of all steps (default 0.05); then cosine", type=float)
     option(

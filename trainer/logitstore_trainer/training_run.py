@@ -167,6 +167,7 @@ def _make_trainer(
         alpha=config.alpha,
         tail=config.tail,
         divergence=config.loss,
+        pack=config.pack,
         jsd_beta=config.jsd_beta,
         callbacks=[checkpoints.MarkComplete(), *callbacks],
     )

@@ -21,6 +21,8 @@ from jinja2 import TemplateError
 
 from logitstore_trainer.collect.rows import Row
 
+_TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError)
+
 
 class ChatTokeniser:
     """Raises ValueError on construction if the tokenizer has no chat template, or gives no offsets."""
@@ -51,11 +53,28 @@ class ChatTokeniser:
             if self.has_generation_tags:
                 return [self._by_generation_tags(row)]
             return self._by_prefixes(row)
-        except (TemplateError, TypeError, KeyError) as error:
+        except _TEMPLATE_ERRORS as error:
+            raise _refused(row, error) from None
+
+    def question(self, row: Row) -> tuple[list[int], list[int]]:
+        """Returns (ids before the row's last turn, the header of the assistant's turn included; tokens that end it).
+
+        Raises ValueError, naming the row, where the last turn is not the assistant's or the template refuses the row.
+        """
+        messages = row.columns["messages"]
+        if messages[-1]["role"] != "assistant":
             raise ValueError(
-                f"{row.where}: the teacher's chat template refuses this conversation: {error}; "
-                f"correct or remove the row"
-            ) from None
+                f"{row.where}: `messages` ends with the turn of {messages[-1]['role']!r}, expected the assistant's "
+                f"answer; correct or remove the row"
+            )
+        input_ids, learned = self.tokenised(row)[-1]
+        last = max((i for i, is_learned in enumerate(learned) if is_learned), default=0)
+        closing = [input_ids[last]] if input_ids[last] in self.tokenizer.added_tokens_decoder else []
+        try:
+            text = self._rendered(row, len(messages) - 1, add_generation_prompt=True)
+        except _TEMPLATE_ERRORS as error:
+            raise _refused(row, error) from None
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], closing
 
     def _by_generation_tags(self, row: Row) -> tuple[list[int], list[bool]]:
         encoded = self.tokenizer.apply_chat_template(
@@ -126,6 +145,12 @@ class ChatTokeniser:
             for start, end in encoded["offset_mapping"]
         ]
         return encoded["input_ids"], learned
+
+
+def _refused(row: Row, error: Exception) -> ValueError:
+    return ValueError(
+        f"{row.where}: the teacher's chat template refuses this conversation: {error}; correct or remove the row"
+    )
 
 
 def _common_prefix_chars(a: str, b: str) -> int:

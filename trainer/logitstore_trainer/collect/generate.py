@@ -1,4 +1,5 @@
-"""Completions by the teacher for rows that are prompts only (`--generate N`).
+"""Completions by a model in batches: the teacher's for rows that are prompts only (`--generate N`), and answers of
+students (`logitstore eval --answers`).
 
 Greedy by default. With a temperature, row r is sampled from the teacher's whole distribution by its own random
 numbers, seeded by (seed, r): argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T). So what a row
@@ -8,6 +9,7 @@ should learn the teacher's distribution.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -58,25 +60,59 @@ def generate_completions(
     """
     if temperature < 0:
         raise ValueError(f"the temperature of generation is {temperature}, expected 0 (greedy) or more")
-    stop_ids = _stop_ids(teacher)
+    draws = [_GumbelNoise([hash_seed(seed, row) for row in source_rows], temperature)] if temperature > 0 else []
+    return decoded_batch(
+        teacher.model,
+        prompts,
+        vocab_size=teacher.vocab_size,
+        stop_ids=end_of_text_ids(teacher.info.name, teacher.tokenizer, teacher.model),
+        max_new_tokens=max_new_tokens,
+        processors=draws,
+    )
+
+
+def decoded_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
+) -> list[list[int]]:
+    """Returns the ids that the model writes behind each prompt, greedily: up to the first of stop_ids, which is kept,
+    or max_new_tokens long.
+
+    prompts: B lists of at least one id, run as one batch, padded on the left. Ids from vocab_size on are never written.
+    `processors` see the scores [B, V] before the argmax. The model's own generation settings are left out.
+    """
     length = max(len(prompt) for prompt in prompts)
     input_ids_BL = torch.zeros(len(prompts), length, dtype=torch.int64)
     attention_mask_BL = torch.zeros_like(input_ids_BL)
     for b, prompt in enumerate(prompts):
         input_ids_BL[b, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask_BL[b, length - len(prompt) :] = 1
-    processors = LogitsProcessorList([_TokenizerIdsOnly(teacher.vocab_size)])
-    if temperature > 0:
-        seeds = [hash_seed(seed, row) for row in source_rows]
-        processors.append(_GumbelNoise(seeds, temperature))
     with torch.inference_mode():
-        output_BL = teacher.model.generate(
-            input_ids_BL.to(teacher.device),
-            attention_mask=attention_mask_BL.to(teacher.device),
-            generation_config=_greedy_config(max_new_tokens, stop_ids),
-            logits_processor=processors,
+        output_BL = model.generate(
+            input_ids_BL.to(model.device),
+            attention_mask=attention_mask_BL.to(model.device),
+            generation_config=_greedy_config(max_new_tokens, list(stop_ids)),
+            logits_processor=LogitsProcessorList([_TokenizerIdsOnly(vocab_size), *processors]),
         )
     return [_cut_at_stop(row[length:].tolist(), stop_ids) for row in output_BL]
+
+
+def end_of_text_ids(name: str, tokenizer: Any, model: Any) -> list[int]:
+    """Returns the tokenizer's EOS and those of the model's generation config (Llama 3 has three).
+
+    Raises ValueError, calling the model `name`, where there is none.
+    """
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    stop_ids = [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
+    if not stop_ids:
+        raise ValueError(f"{name}: no EOS token, so a completion could not end; set eos_token_id")
+    return stop_ids
 
 
 def hash_seed(seed: int, source_row: int) -> int:
@@ -100,17 +136,6 @@ def _greedy_config(max_new_tokens: int, stop_ids: list[int]) -> GenerationConfig
     )
 
 
-def _stop_ids(teacher: Teacher) -> list[int]:
-    """Returns the tokenizer's EOS and those of the model's generation config (Llama 3 has three)."""
-    declared = teacher.model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    stop_ids = dict.fromkeys([teacher.tokenizer.eos_token_id, *declared])
-    stop_ids = [token for token in stop_ids if token is not None]
-    if not stop_ids:
-        raise ValueError(f"{teacher.info.name}: no EOS token, so a completion could not end; set eos_token_id")
-    return stop_ids
-
-
-def _cut_at_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
+def _cut_at_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
     return ids[:end]

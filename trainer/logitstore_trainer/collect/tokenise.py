@@ -82,7 +82,7 @@ class Tokeniser:
 
     def __init__(self, tokenizer: Any, shape: str, max_length: int) -> None:
         self.tokenizer, self.shape, self.max_length = tokenizer, shape, max_length
-        self.prefix_ids = _prefix_ids(tokenizer)
+        self.prefix_ids = prefix_ids(tokenizer)
         self.chat = ChatTokeniser(tokenizer) if shape == "messages" else None
         if max_length < len(self.prefix_ids) + 2:
             raise ValueError(f"max_length is {max_length}, expected at least {len(self.prefix_ids) + 2}; raise it")
@@ -177,7 +177,7 @@ def _sample(row: Row, input_ids: list[int], learned: list[bool]) -> list[Tokenis
     return [TokenisedSample(row.source_row, np.array(input_ids, dtype=np.int32), loss_mask)]
 
 
-def _prefix_ids(tokenizer: Any) -> list[int]:
+def prefix_ids(tokenizer: Any) -> list[int]:
     """Returns the special tokens that the tokenizer puts before a text (BOS, or nothing)."""
     with_special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
