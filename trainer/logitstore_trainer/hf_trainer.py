@@ -42,9 +42,9 @@ class DistillationMixin:
     Put it before a Trainer class. `temperature` is T, on both sides; `alpha` is in [0, 1]; `tail` as in
     `distillation_loss`, None for what suits the store; `divergence` and `jsd_beta` as there, in the KL's place (`kl` is
     then that divergence). `decoder` is built from train_dataset (or eval_dataset) unless given; the collator, unless
-    given, is `collate` with the tokenizer's pad token, or with `pack` `collate_packed`. `kl` (without alpha and T^2) and
-    `ce` are logged beside the loss, and of all ranks, over checkpoints that a run went on from: `n_tokens` (trained on,
-    pads not counted), `train_s` (their seconds, evaluations not counted) and `tokens_per_s` since the last log.
+    given, is `collate` with the tokenizer's pad token, or with `pack` `collate_packed`. `kl` (without alpha and T^2)
+    and `ce` are logged beside the loss, and of all ranks, over checkpoints that a run went on from: `n_tokens` (trained
+    on, pads not counted), `train_s` (their seconds, evaluations not counted) and `tokens_per_s` since the last log.
     Evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
     Special tokens in which processing_class differs from the store's tokenizer are said on standard error.
 
