@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
 from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
+from logitstore_trainer.step_shape import SamplesPerStep
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 TEACHER_COLUMNS = (
@@ -43,7 +44,8 @@ class DistillationMixin:
     logged beside the loss; evaluation reports eval_loss, eval_kl and eval_ce as means over tokens, not over batches.
 
     Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
-    options that would replace this loss, and for a tail or temperature that the store is not for.
+    options that would replace this loss, and for a tail or temperature that the store is not for. train() raises
+    SpecMismatchError for a checkpoint whose steps take another number of samples.
     """
 
     # The loss is already a share of the whole accumulated batch; Trainer must not divide it again.
@@ -79,6 +81,7 @@ class DistillationMixin:
         self._n_tokens_seen: torch.Tensor | int = 0
         super().__init__(*bound.args, **bound.kwargs)
         check_vocabulary(decoder.spec, self.model)
+        self.add_callback(SamplesPerStep())
         self.decoder = decoder.to(self.args.device)
         # Makes Trainer count the labels of a step whatever the model's forward takes, and (before 5.23) not divide.
         self.model_accepts_loss_kwargs = True
