@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     if result.n_units_left:
         print(
             f"{result.path}: {result.n_samples:,} samples, {result.n_tokens:,} tokens in this run; "
-            f"{result.n_units_left:,} units are with other ranks, the last of which puts the store together"
+            f"units still with other ranks: {result.n_units_left:,}; the last of them puts the store together"
         )
     elif not result.was_finished:
         per_row = result.blob_bytes / max(result.n_present_rows, 1)
