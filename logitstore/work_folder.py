@@ -1,7 +1,8 @@
 """The sibling folder `x.parquet.work/` of a store that is being written: plan, lock and acknowledged row groups.
 
 `plan.json` says what is being written, so that nothing else is mixed in; `lock` is held (flock) by the process that
-writes; `group-NNNNNNNNNNNN.parquet` holds the samples from number N on, complete and forced to the disk.
+writes; `group-NNNNNNNNNNNN.parquet` holds the samples from number N on, complete and forced to the disk. Where several
+processes write, `units/` holds what each has of it (units.py).
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from logitstore.shard_reader import ShardReader
 from logitstore.shard_writer import StoredSample, sync_folder, write_shard
 from logitstore.spec import StoreSpec, require_same_spec
 
+UNITS_FOLDER, UNITS_PLAN = "units", "units.json"
 _PLAN = "plan.json"
 
 
@@ -48,7 +50,7 @@ class WorkFolder:
         where it belongs to another spec or layout, FormatError where its plan cannot be read.
         """
         folder = work_path(store_path)
-        if not resume and any(folder.glob("group-*.parquet")):
+        if not resume and (any(folder.glob("group-*.parquet")) or (folder / UNITS_FOLDER).exists()):
             raise FileExistsError(f"{folder} holds an unfinished store; resume it, or delete that folder")
         folder.mkdir(parents=True, exist_ok=True)
         work = WorkFolder(folder, _locked(folder), spec)
@@ -67,7 +69,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Deletes the folder and all in it."""
-        shutil.rmtree(self.folder)
+        delete_work_folder(self.folder)
         self.release()
 
     def write_group(self, first: int, samples: list[StoredSample], spec_json: bytes) -> None:
@@ -129,11 +131,22 @@ class WorkFolder:
             )
 
 
+def delete_work_folder(folder: Path) -> None:
+    """Deletes the work folder of a store that is in place, as far as the system lets us: the store stays finished.
+
+    The plan of its units goes first, so that no process takes units that go away for units that are still to do.
+    """
+    (folder / UNITS_PLAN).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def has_samples(store_path: Path) -> bool:
-    """Whether anything was stored for the store at `store_path`: a shard, or an acknowledged row group."""
+    """Whether anything was stored for the store at `store_path`: a shard, or an acknowledged row group or unit."""
     if store_path.is_file():
         return True
-    return any(store_path.glob("*.parquet")) or any(work_path(store_path).glob("group-*.parquet"))
+    work = work_path(store_path)
+    stored = ("group-*.parquet", f"{UNITS_FOLDER}/*.parquet.work/group-*.parquet", f"{UNITS_FOLDER}/*.parquet")
+    return any(store_path.glob("*.parquet")) or any(path for pattern in stored for path in work.glob(pattern))
 
 
 def read_plan(store_path: Path) -> Plan | None:

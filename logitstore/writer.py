@@ -61,12 +61,14 @@ class Acknowledged:
 class StoreWriter:
     """Made by logitstore.create. A context manager: the store appears when the `with` block ends without an error."""
 
-    def __init__(self, path: Path, spec: StoreSpec, shard_samples: int | None, resume: bool) -> None:
+    def __init__(
+        self, path: Path, spec: StoreSpec, shard_samples: int | None, resume: bool, tables_folder: Path | None = None
+    ) -> None:
         if shard_samples is not None and shard_samples < 1:
             raise ValueError(f"shard_samples must be at least 1 or None, got {shard_samples}")
         self.path, self.spec, self.shard_samples = path, spec, shard_samples
         self._refuse_finished_store()
-        write_tables(spec.codec, tables_path(path))
+        write_tables(spec.codec, tables_folder or tables_path(path))
         self._work = WorkFolder.claim(path, spec, shard_samples, resume=resume)
         try:
             # a resumed store keeps the names that its first run gave to teacher and data set
@@ -115,14 +117,19 @@ class StoreWriter:
         if learned.dtype != np.bool_ or learned.shape != tokens.shape:
             raise ValueError(f"loss_mask must be bool [{len(tokens)}], got {learned.dtype} {learned.shape}")
         blob = self.spec.codec.encode(targets, tokens)
-        sample = StoredSample(int(sample_id), int(source_row), tokens, learned, int(targets.present.sum()), blob)
+        self.append_stored(
+            StoredSample(int(sample_id), int(source_row), tokens, learned, int(targets.present.sum()), blob)
+        )
+
+    def append_stored(self, sample: StoredSample) -> None:
+        """Adds a sample as a ShardReader gave it, encoded by this store's codec. Raises OSError if the disk fails."""
         if self._pending and self._pending_bytes + sample.n_bytes > GROUP_BYTES:
             self.flush()
         if not self._pending:
             self._pending_since_s = time.monotonic()
         self._pending.append(sample)
         self._pending_bytes += sample.n_bytes
-        self.blob_bytes_appended += len(blob)
+        self.blob_bytes_appended += len(sample.blob)
         full = len(self._pending) == GROUP_SAMPLES or self._at_shard_end(self.n_acknowledged + len(self._pending))
         if full or time.monotonic() - self._pending_since_s > GROUP_SECONDS:
             self.flush()
@@ -143,6 +150,10 @@ class StoreWriter:
         self._commit_shard(is_last=True)
         self._work.remove()
 
+    def release(self) -> None:
+        """Lets go of the unfinished store: what is acknowledged stays, and another writer may go on with it."""
+        self._work.release()
+
     def __enter__(self) -> "StoreWriter":
         return self
 
@@ -151,7 +162,7 @@ class StoreWriter:
             if error is None:
                 self.close()
         finally:
-            self._work.release()
+            self.release()
 
     def _at_shard_end(self, n_samples: int) -> bool:
         return self.shard_samples is not None and n_samples % self.shard_samples == 0

@@ -111,7 +111,7 @@ def test_a_later_run_reads_the_tables_and_another_goal_is_refused(
     assert collect(teacher_folder, prompts, tmp_path / "whole.parquet", *goal) == 0
     out = tmp_path / "x.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr("logitstore_trainer.collect.collect.FLUSH_SECONDS", -1.0)
+        patch.setattr("logitstore_trainer.collect.teacher_run.FLUSH_SECONDS", -1.0)
         append, appended = logitstore.StoreWriter.append, []
 
         def interrupted(self, *args, **kwargs):
@@ -171,7 +171,7 @@ def test_a_run_that_stored_nothing_claims_nothing(
 
     out, goal = tmp_path / "x.parquet", ("--codec", "auto", "--max-bytes-per-token", "45")
     with monkeypatch.context() as patch:
-        patch.setattr("logitstore_trainer.collect.collect.choose_forward", stops)
+        patch.setattr("logitstore_trainer.collect.teacher_run.choose_forward", stops)
         assert collect(teacher_folder, prompts, out, *goal) == 2
         assert "predicted" in (work_path(out) / "plan.json").read_text()
         patch.setattr("logitstore_trainer.collect.codec_choice.make_plan", never)  # for the same goal nothing is fitted

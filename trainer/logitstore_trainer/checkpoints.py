@@ -77,12 +77,19 @@ def check_folder(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Non
         raise ValueError(f"--out {out} holds a training run: continue it with --resume, or choose another folder")
     before = json.loads(recorded.read_text())
     now = json.loads(json.dumps(identity))
+    before.setdefault("samples_per_step", now["samples_per_step"])  # runs of earlier versions do not say it
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
         what = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in differing)
         raise SpecMismatchError(
             f"cannot resume {out}: {what}. Resume with the settings it was started with, or choose another folder"
         )
+
+
+def recorded_samples_per_step(out: Path) -> int | None:
+    """Samples of an optimizer step of the run that `out` holds, None where it holds none."""
+    path = out / _IDENTITY_NAME
+    return json.loads(path.read_text()).get("samples_per_step") if path.exists() else None
 
 
 def start_folder(out: Path, identity: Mapping[str, Any]) -> None:

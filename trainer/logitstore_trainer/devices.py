@@ -1,4 +1,4 @@
-"""The device that was asked for, or the best there is."""
+"""The device that was asked for, or the best there is; on a machine with several GPUs, one for each process."""
 
 from typing import TYPE_CHECKING
 
@@ -24,3 +24,12 @@ def choose_device(device: str) -> "torch.device":
     if not is_there.get(torch_device.type, False):
         raise ValueError(f"--device is {device!r}, which this machine does not have; use --device auto")
     return torch_device
+
+
+def device_of_process(device: str, local_rank: int) -> str:
+    """`device`, with the GPU of the local_rank-th process of this machine where it leaves open which GPU."""
+    import torch
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
+    return device

@@ -22,6 +22,7 @@ from logitstore_trainer.collator import IGNORE_INDEX, collate, next_token_labels
 from logitstore_trainer.decoder import TeacherDecoder, decoder_for_dataset, fitting_tail
 from logitstore_trainer.packing import SAMPLE_PLACES, collate_packed, model_inputs, require_packing
 from logitstore_trainer.special_tokens import say_notes, special_token_notes
+from logitstore_trainer.step_shape import SamplesPerStep
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 TEACHER_COLUMNS = (
@@ -50,7 +51,7 @@ class DistillationMixin:
 
     Raises SpecMismatchError if the tokenizer or the student's vocabulary does not fit the store, ValueError for
     options that would replace this loss, for a tail or temperature that the store is not for, and for a model that
-    cannot be packed.
+    cannot be packed. train() raises SpecMismatchError for a checkpoint whose steps take another number of samples.
     """
 
     # The loss is already a share of the whole accumulated batch; Trainer must not divide it again.
@@ -94,6 +95,7 @@ class DistillationMixin:
         check_vocabulary(decoder.spec, self.model)
         if pack:
             require_packing(self.model)
+        self.add_callback(SamplesPerStep())
         self.decoder = decoder.to(self.args.device)
         if tokenizer is not None and self.is_world_process_zero():
             say_notes(special_token_notes(decoder.store_path, decoder.spec, tokenizer))

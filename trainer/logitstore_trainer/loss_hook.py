@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from logitstore_trainer.batch_loss import DistillationLoss
 from logitstore_trainer.collator import collate
 from logitstore_trainer.special_tokens import say_notes, special_token_notes
+from logitstore_trainer.step_shape import SamplesPerStep
 from logitstore_trainer.student import check_tokenizer, check_vocabulary
 
 
@@ -26,7 +27,8 @@ def distill(
     The model's loss function, the collator and remove_unused_columns are replaced. Arguments as in DistillationLoss.
 
     Raises what DistillationLoss raises, SpecMismatchError for another tokenizer or a narrower vocabulary, and
-    ValueError for a store with predicted tails. At the first step RuntimeError, if the loss was not called.
+    ValueError for a store with predicted tails. At the first step RuntimeError, if the loss was not called, and before
+    it SpecMismatchError for a checkpoint whose steps take another number of samples.
     """
     datasets = [data for data in (trainer.train_dataset, trainer.eval_dataset) if data is not None]
     loss = DistillationLoss(datasets, temperature=temperature, alpha=alpha, tail=tail)
@@ -52,6 +54,7 @@ def distill(
     trainer.data_collator = partial(collate, pad_token_id=pad_token_id)
     trainer.args.remove_unused_columns = False
     trainer.add_callback(LossGuard(loss))
+    trainer.add_callback(SamplesPerStep())
     return loss
 
 

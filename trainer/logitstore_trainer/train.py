@@ -38,9 +38,10 @@ class TrainConfig:
     student: see `build_student`. data: one store or several of one teacher. eval_data, or eval_fraction in (0, 1) of
     the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
     lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
-    cosine to zero. A step takes batch_size * grad_accum samples per process; pack: several in a row where they fit.
-    dtype: bf16 and fp32 stand for the long names. loss: the divergence of `distillation_loss`. save_every, eval_every:
-    steps between, 0 for only at the end.
+    cosine to zero. A step takes batch_size * grad_accum samples per process; a run that is resumed keeps the samples of
+    its steps, whatever the number of processes. pack: several samples in a row where they fit. dtype: bf16 and fp32
+    stand for the long names. loss: the divergence of `distillation_loss`. save_every, eval_every: steps between, 0 for
+    only at the end.
     """
 
     student: str
@@ -186,7 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--log-every", "steps between logged losses (default 10)", type=int)
     option("--workers", "processes that read and decode the store (default 0: the training process)", type=int)
     option("--report-to", "tensorboard, wandb, trackio, ...; several with commas between them (default none)")
-    option("--resume", "continue the run in --out from its last checkpoint", action="store_true")
+    option(
+        "--resume",
+        "continue the run in --out from its last checkpoint, on any number of processes that can share a step",
+        action="store_true",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 Weights and optimizer are float32; `bf16` means autocast. Interrupted at any instant, the run continues from its last
 complete checkpoint and ends in the weights it would have had (bit for bit on a CPU): order of samples, optimizer,
-schedule and random state are restored. What has been trained since that checkpoint is trained again.
+schedule and random state are restored. What has been trained since that checkpoint is trained again. With another
+number of processes the steps take the same samples (step_shape.py); only dropout draws anew.
 """
 
 import os
@@ -30,6 +31,7 @@ from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.model_card import CARD_NAME, model_card
 from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
 from logitstore_trainer.run_report import REPORT_NAME, write_run_report
+from logitstore_trainer.step_shape import StepShape, shared_step
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
 from logitstore_trainer.train_progress import ReportProgress
@@ -53,7 +55,8 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     train_set, eval_set, stores = _open_data(config)
     tail = fitting_tail(decoder_for_dataset(train_set), config.tail, config.temperature)
     check_divergence_of_tail(config.loss, tail)
-    identity = _identity(config, train_set, stores[0])
+    shape = _step_shape(config, out)
+    identity = {**_identity(config, train_set, stores[0]), "samples_per_step": shape.n_samples}
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
         checkpoints.check_folder(out, identity, resume=config.resume)
@@ -62,7 +65,7 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
         print(f"{out} holds this run, finished: nothing to do", file=sys.stderr)
         return finished
     student = build_student(config.student, stores[0], seed=config.seed)
-    trainer = _make_trainer(config, student, train_set, eval_set, callbacks)
+    trainer = _make_trainer(config, shape, student, train_set, eval_set, callbacks)
     if is_main:
         checkpoints.start_folder(out, identity)
         checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer)))
@@ -125,17 +128,48 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, list[logitstore.LogitStor
     return train_set, eval_set, stores
 
 
+def _step_shape(config: TrainConfig, out: Path) -> StepShape:
+    """How the processes of this run share a step: as `config` says, or where a run goes on, the same samples a step.
+
+    Raises ValueError where that many processes cannot share them.
+    """
+    asked = StepShape(config.batch_size, config.grad_accum, _n_processes(config))
+    begun = checkpoints.recorded_samples_per_step(out) if config.resume else None
+    if begun is None or begun == asked.n_samples:
+        return asked
+    shape = shared_step(begun, asked.n_processes, config.batch_size)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{out} takes steps of {begun} samples: {shape.n_processes} processes share them in {shape.grad_accum} "
+            f"batches of {shape.batch_size} each",
+            file=sys.stderr,
+        )
+    return shape
+
+
+def _n_processes(config: TrainConfig) -> int:
+    """Processes, or the GPUs over which transformers spreads the batches of a single one."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return max(torch.cuda.device_count(), 1) if config.device in ("auto", "cuda") else 1
+
+
 def _make_trainer(
-    config: TrainConfig, student: Student, train_set: Any, eval_set: Any, callbacks: Sequence[Any]
+    config: TrainConfig,
+    shape: StepShape,
+    student: Student,
+    train_set: Any,
+    eval_set: Any,
+    callbacks: Sequence[Any],
 ) -> DistillationTrainer:
     lr = config.lr if config.lr is not None else (_FROM_SCRATCH_LR if student.from_scratch else _LOADED_LR)
     args = TrainingArguments(
         output_dir=config.out,
         num_train_epochs=config.epochs,
         max_steps=config.steps if config.steps is not None else -1,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=shape.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accum,
+        gradient_accumulation_steps=shape.grad_accum,
         learning_rate=lr,
         warmup_steps=config.warmup,
         lr_scheduler_type="cosine",

@@ -3,44 +3,35 @@
 The order is chosen so that what can fail fails early: the data set is read through, the teacher's configuration and
 tokenizer are looked at, the output is compared with what is there, and only then are the weights loaded. Samples are
 run in batches sorted by length within a window, stored in the order of the data set, and acknowledged group by group.
+Several processes (ranks.py) cut the data set into units, claim them one by one, and the last one joins them.
 """
 
-import itertools
-import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 import logitstore
-from logitstore.shard_reader import ShardReader
-from logitstore.shard_writer import GROUP_SAMPLES
-from logitstore.spec import require_same_spec
+from logitstore.finished import finished_store
 from logitstore.tables import put_tokenizer_folder
-from logitstore.work_folder import read_plan, work_path
+from logitstore.units import RowRange, read_unit_plan
+from logitstore.work_folder import read_plan
 from logitstore_trainer.collect.codec_choice import fitted_codec, settled_codec
-from logitstore_trainer.collect.forward import ChunkedForward, choose_forward
-from logitstore_trainer.collect.reduction import reduced_targets, reduction_for
-from logitstore_trainer.collect.samples import remaining_samples
+from logitstore_trainer.collect.ranks import Rank
 from logitstore_trainer.collect.settings import CollectSettings
-from logitstore_trainer.collect.size import PlannedSize, planned_size
-from logitstore_trainer.collect.source import Say, Source, open_source
+from logitstore_trainer.collect.shared_collection import collect_units
+from logitstore_trainer.collect.size import planned_size
+from logitstore_trainer.collect.source import Say, open_source
 from logitstore_trainer.collect.store_spec import store_spec, tokenizer_files
-from logitstore_trainer.collect.tokenise import Counts, TokenisedSample
-from logitstore_trainer.progress import Progress
-from logitstore_trainer.units import bytes_text, duration_text
-
-WINDOW_BATCHES = 4
-WINDOW_SECONDS = 20.0
-FLUSH_SECONDS = 40.0
+from logitstore_trainer.collect.teacher_run import TeacherRun, os_reason
+from logitstore_trainer.devices import device_of_process
 
 
 @dataclass(frozen=True)
 class CollectResult:
-    """What a collection left. `seconds` and `tokens_per_s` are of this run (0 where it found everything done)."""
+    """What a collection left. `seconds` and `tokens_per_s` are of this run (0 where it found everything done).
+
+    n_units_left: units that other ranks have still to do; the store is not there yet, and the counts are of this run.
+    """
 
     path: Path
     n_samples: int
@@ -51,6 +42,7 @@ class CollectResult:
     seconds: float
     tokens_per_s: float
     was_finished: bool
+    n_units_left: int = 0
 
 
 def collect(settings: CollectSettings, say: Say = print) -> CollectResult:
@@ -58,10 +50,18 @@ def collect(settings: CollectSettings, say: Say = print) -> CollectResult:
 
     Raises ValueError, OSError or LogitStoreError in one line for what is wrong with the input or the output.
     """
+    if settings.rank.count > 1:
+        settings = replace(settings, device=device_of_process(settings.device, settings.rank.local))
+        say = _with_rank(say, settings.rank)
     source = open_source(settings, say)
     codec = settled_codec(source, settings)
-    if codec is not None and settings.out.exists():
-        finished = _finished(settings.out, store_spec(source, settings, codec))
+    if codec is None and settings.rank.count > 1:
+        raise ValueError(
+            f"{settings.rank.count} ranks would each fit a codec of their own; make one first, with logitstore plan "
+            "--out DIR, and give it to all of them with --tables DIR"
+        )
+    if codec is not None:
+        finished = finished_store(settings.out, store_spec(source, settings, codec))
         if finished is not None:
             have = f"{len(finished):,} samples of {finished.n_tokens:,} tokens"
             say(f"{settings.out}: finished already, {have}; nothing to do")
@@ -72,136 +72,39 @@ def collect(settings: CollectSettings, say: Say = print) -> CollectResult:
     size = planned_size(source.dataset, source.tokeniser, settings)
     if codec is None:
         codec = fitted_codec(source, settings, size)
-    return _Collection(source, settings, store_spec(source, settings, codec), size).run()
+    run = TeacherRun(source, settings, store_spec(source, settings, codec), size)
+    if settings.rank.count > 1 or read_unit_plan(settings.out) is not None:
+        n_units_left = collect_units(run)
+        if n_units_left:
+            return _result_of_rank(run, n_units_left)
+    else:
+        _collect_alone(run)
+    store = logitstore.open(settings.out)
+    return _result(store, seconds=run.seconds, new_tokens=run.n_new_tokens, was_finished=False)
 
 
-class _Collection:
-    """One run: the teacher, the writer, and the counters between them."""
-
-    def __init__(
-        self, source: Source, settings: CollectSettings, spec: logitstore.StoreSpec, size: PlannedSize
-    ) -> None:
-        self.source, self.settings, self.spec, self.size = source, settings, spec, size
-        self.dataset, self.info, self.say = source.dataset, source.info, source.say
-        self.shard_samples = size.shard_samples(spec.codec.max_row_bytes)
-        self.counts = Counts()
-        self.n_new_tokens = 0
-        self.run_seconds = 0.0
-
-    def run(self) -> CollectResult:
-        with tokenizer_files(self.info) as folder:
-            put_tokenizer_folder(folder, self.settings.out)
-        plan = read_plan(self.settings.out)
-        shard_samples = plan.shard_samples if plan is not None else self.shard_samples
-        with logitstore.create(self.settings.out, self.spec, shard_samples, resume=True) as writer:
-            about = "" if self.size.is_exact else "about "
-            done = writer.acknowledged
-            self.say(f"{self.dataset.path}: {about}{self.size.n_samples:,} samples of {self.size.n_tokens:,} tokens")
-            if done.n_samples:
-                self.say(f"{self.settings.out}: going on behind {done.n_samples:,} samples of {done.n_tokens:,} tokens")
-            safe = f"what was done is safe in {work_path(self.settings.out)}; the same command goes on from there"
-            try:
-                self._fill(writer)
-            except OSError as error:
-                raise OSError(f"{_os_reason(error)}; {safe}") from error
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"interrupted with {writer.n_acknowledged:,} samples done; {safe}") from None
-        self.say(f"this run: {self.counts.summary()}")
-        store = logitstore.open(self.settings.out)
-        return _result(store, seconds=self.run_seconds, new_tokens=self.n_new_tokens, was_finished=False)
-
-    def _fill(self, writer: logitstore.StoreWriter) -> None:
-        done = writer.acknowledged
-        samples = remaining_samples(
-            self.dataset, self.source.tokeniser, self.settings, self.source.complete, done=done, counts=self.counts
-        )
-        started_s = time.monotonic()
-        first = next(samples, None)
-        if first is None:
-            if done.n_samples == 0:
-                raise ValueError(f"{self.dataset.path}: no row gave a sample ({self.counts.summary()})")
-            return
-        self.info.require_ids_in_head(first.input_ids, f"row {first.source_row}")
-        forward = choose_forward(self.source.teacher, first.input_ids)
-        if note := forward.note(len(first.input_ids)):
-            self.say(note)
-        with Progress(total=self.size.n_tokens, desc="collecting", unit="tokens") as shown:
-            shown.update(done.n_tokens)
-            self._fill_windows(writer, forward, itertools.chain([first], samples), shown, started_s)
-
-    def _fill_windows(
-        self,
-        writer: logitstore.StoreWriter,
-        forward: ChunkedForward,
-        samples: Iterator[TokenisedSample],
-        shown: Progress,
-        started_s: float,
-    ) -> None:
-        """Runs windows of samples: sorted by length into batches, stored in order.
-
-        A window and what is pending before it are at most one row group together, in samples and in time, so that an
-        interruption costs no more than that.
-        """
-        window_samples = self.settings.batch_size
-        flushed_s = window_started_s = started_s
-        sample_id = writer.n_acknowledged
-        while window := list(itertools.islice(samples, window_samples)):
-            if writer.n_pending + len(window) > GROUP_SAMPLES:
-                writer.flush()
-            for sample, targets in zip(window, self._targets(forward, window, shown), strict=True):
-                writer.append(sample_id, sample.input_ids, targets, sample.loss_mask, source_row=sample.source_row)
-                sample_id += 1
-            now_s = time.monotonic()
-            window_s = max(now_s - window_started_s, 1e-3)  # completions that the teacher wrote for it included
-            window_started_s = now_s
-            if self.n_new_tokens == sum(len(sample.input_ids) for sample in window):
-                self._say_estimate(window, window_s, writer)
-            if now_s - flushed_s + window_s > FLUSH_SECONDS:
-                writer.flush()
-                flushed_s = now_s
-            affordable = int(len(window) * WINDOW_SECONDS / window_s) // self.settings.batch_size
-            window_samples = self.settings.batch_size * max(1, min(WINDOW_BATCHES, affordable))
-        self.run_seconds = time.monotonic() - started_s
-
-    def _targets(
-        self, forward: ChunkedForward, window: Sequence[TokenisedSample], shown: Progress
-    ) -> list[logitstore.TeacherTargets]:
-        """The targets of the window's samples, in its order."""
-        codec = self.spec.codec
-        targets: dict[int, logitstore.TeacherTargets] = {}
-        order = np.argsort([-len(sample.input_ids) for sample in window], kind="stable")
-        for start in range(0, len(order), self.settings.batch_size):
-            batch = [int(i) for i in order[start : start + self.settings.batch_size]]
-            keep_masks = [None if self.settings.keep_prompt else window[i].loss_mask[1:] for i in batch]
-            for i in batch:
-                self.info.require_ids_in_head(window[i].input_ids, f"row {window[i].source_row}")
-            sequences = [window[i].input_ids for i in batch]
-            reduced = forward.reduced(sequences, keep_masks, reduction_for(codec, sequences, keep_masks))
-            for i, keep_mask, columns in zip(batch, keep_masks, reduced, strict=True):
-                targets[i] = reduced_targets(codec, columns, input_ids=window[i].input_ids, keep_mask=keep_mask)
-            n_tokens = sum(len(window[i].input_ids) for i in batch)
-            self.n_new_tokens += n_tokens
-            shown.update(n_tokens)
-        return [targets[i] for i in range(len(window))]
-
-    def _say_estimate(self, window: Sequence[TokenisedSample], seconds: float, writer: logitstore.StoreWriter) -> None:
-        """One line after the first window: tokens, time, bytes, and whether the disk has them."""
-        rate = sum(len(sample.input_ids) for sample in window) / seconds
-        to_go = max(self.size.n_tokens - writer.acknowledged.n_tokens, 0)
-        n_rows = sum(len(s.input_ids) - 1 if self.settings.keep_prompt else int(s.loss_mask.sum()) for s in window)
-        total_bytes = writer.blob_bytes_appended / n_rows * self.size.n_stored_rows + 5 * self.size.n_tokens
-        self.say(
-            f"estimate from the first {len(window)} samples: {to_go:,} tokens to go at {rate:,.0f} tokens/s, "
-            f"{duration_text(to_go / rate)}; the store will take about {bytes_text(total_bytes)}"
-        )
-        free_bytes = shutil.disk_usage(work_path(self.settings.out)).free
-        needed = total_bytes * (2 if self.shard_samples is None else 1) + (1 << 28)
-        if needed > free_bytes:
-            self.say(
-                f"warning: with its work files that needs {bytes_text(needed)}, and "
-                f"{work_path(self.settings.out).parent} has {bytes_text(free_bytes)} free; what is written stays safe "
-                "if the disk runs full"
+def _collect_alone(run: TeacherRun) -> None:
+    """Collects all that is missing, in the order of the data set."""
+    out = run.settings.out
+    with tokenizer_files(run.info) as folder:
+        put_tokenizer_folder(folder, out)
+    plan = read_plan(out)
+    shard_samples = plan.shard_samples if plan is not None else run.shard_samples
+    with logitstore.create(out, run.spec, shard_samples, resume=True) as writer:
+        if read_unit_plan(out) is not None:
+            raise FileExistsError(
+                f"{out}: several ranks have just begun to write it; give the command again to join in"
             )
+        run.say_size()
+        done = writer.acknowledged
+        if done.n_samples:
+            run.say(f"{out}: going on behind {done.n_samples:,} samples of {done.n_tokens:,} tokens")
+        run.n_tokens_to_go = max(run.size.n_tokens - done.n_tokens, 0)
+        with run.saying_what_is_safe(writer):
+            had_samples = run.fill(writer, RowRange(max_tokens=run.settings.max_tokens))
+        if not had_samples and done.n_samples == 0:
+            raise ValueError(f"{run.dataset.path}: no row gave a sample ({run.counts.summary()})")
+    run.say(f"this run: {run.counts.summary()}")
 
 
 def _require_writable_folder(folder: Path) -> None:
@@ -210,32 +113,7 @@ def _require_writable_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"--out cannot be written: {_os_reason(error)}; choose another folder") from None
-
-
-def _os_reason(error: OSError) -> str:
-    """The system's own words, with the file they are about."""
-    if error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-
-
-def _finished(path: Path, spec: logitstore.StoreSpec) -> logitstore.LogitStore | None:
-    """The finished store at `path`; None where shards are still to come. Raises SpecMismatchError for another one.
-
-    A work folder that a run left behind after its last shard was in place is removed.
-    """
-    if path.is_dir() and read_plan(path) is not None and not _has_last_shard(path):
-        return None
-    store = logitstore.open(path)
-    require_same_spec(store.spec, spec, where=str(path), advice="choose another --out, or delete that store")
-    shutil.rmtree(work_path(path), ignore_errors=True)
-    return store
-
-
-def _has_last_shard(path: Path) -> bool:
-    shards = sorted(path.glob("*.parquet"))
-    return bool(shards) and ShardReader(shards[-1]).index.is_last
+        raise OSError(f"--out cannot be written: {os_reason(error)}; choose another folder") from None
 
 
 def _result(store: logitstore.LogitStore, *, seconds: float, new_tokens: int, was_finished: bool) -> CollectResult:
@@ -250,3 +128,22 @@ def _result(store: logitstore.LogitStore, *, seconds: float, new_tokens: int, wa
         tokens_per_s=new_tokens / seconds if seconds else 0.0,
         was_finished=was_finished,
     )
+
+
+def _result_of_rank(run: TeacherRun, n_units_left: int) -> CollectResult:
+    return CollectResult(
+        path=run.settings.out,
+        n_samples=run.n_samples_of_units,
+        n_tokens=run.n_new_tokens,
+        n_present_rows=0,
+        blob_bytes=0,
+        file_bytes=0,
+        seconds=run.seconds,
+        tokens_per_s=run.n_new_tokens / run.seconds if run.seconds else 0.0,
+        was_finished=False,
+        n_units_left=n_units_left,
+    )
+
+
+def _with_rank(say: Say, rank: Rank) -> Say:
+    return lambda line: say(f"rank {rank.index} of {rank.count}: {line}")

@@ -13,7 +13,12 @@ def run(args: argparse.Namespace) -> int:
     from logitstore_trainer.collect.collect import collect
 
     result = collect(settings)
-    if not result.was_finished:
+    if result.n_units_left:
+        print(
+            f"{result.path}: {result.n_samples:,} samples, {result.n_tokens:,} tokens in this run; "
+            f"units still with other ranks: {result.n_units_left:,}; the last of them puts the store together"
+        )
+    elif not result.was_finished:
         per_row = result.blob_bytes / max(result.n_present_rows, 1)
         print(
             f"{result.path}: {result.n_samples:,} samples, {result.n_tokens:,} tokens, {result.n_present_rows:,} rows "

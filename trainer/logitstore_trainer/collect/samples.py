@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from logitstore.units import RowRange
 from logitstore.writer import Acknowledged
 from logitstore_trainer.collect.prompts import Dataset
 from logitstore_trainer.collect.rows import Row
@@ -19,29 +20,34 @@ def remaining_samples(
     settings: SourceSettings,
     complete: Complete,
     *,
+    part: RowRange,
     done: Acknowledged,
     counts: Counts,
 ) -> Iterator[TokenisedSample]:
-    """Yields what is still to be collected behind the `done` samples. Mutates `counts`, which counts from there on.
+    """Yields what is still to be collected of `part` behind its `done` samples. Mutates `counts`, which counts from
+    there on.
 
     A text may give several samples, so it goes on with the row of the last one and passes over those it has.
     `complete` is called for rows that are a prompt alone.
     """
     n_tokens = done.n_tokens
-    if settings.max_tokens is not None and n_tokens >= settings.max_tokens:
+    if part.max_tokens is not None and n_tokens >= part.max_tokens:
         return
-    to_skip = done.n_of_last_row
-    rows = dataset.rows(max(done.last_source_row, 0))
+    start = max(done.last_source_row, part.first_row)
+    to_skip = done.n_of_last_row + (part.n_skipped if start == part.first_row else 0)
+    rows = dataset.rows(start)
     if settings.generate is not None and to_skip:
         next(rows)  # that prompt has its completion in the store
         to_skip = 0
+    if part.end_row is not None:
+        rows = itertools.takewhile(lambda row: row.source_row < part.end_row, rows)
     for sample in samples_of_rows(rows, tokeniser, settings, complete, counts):
         if to_skip:
             to_skip -= 1
             continue
         yield sample
         n_tokens += len(sample.input_ids)
-        if settings.max_tokens is not None and n_tokens >= settings.max_tokens:
+        if part.max_tokens is not None and n_tokens >= part.max_tokens:
             return
 
 

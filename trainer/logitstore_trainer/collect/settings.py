@@ -4,12 +4,14 @@ Nothing heavy is imported here, so that `logitstore collect --help` answers at o
 """
 
 import argparse
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from logitstore_trainer.collect.ranks import ALONE, Rank, rank_of_process
 from logitstore_trainer.collect.source_settings import (
     DATASET_SHAPES,
     SourceSettings,
@@ -32,11 +34,17 @@ examples:
   logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet \\
       --set head=log --set min_prob=0.01 --set tail=predicted
   logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet --codec varopt --set k=16
+  torchrun --standalone --nproc_per_node 8 -m logitstore_trainer collect \
+      --teacher ./llama --dataset docs.jsonl --out logits.parquet --tables plan
+  sbatch --array=0-15 --gpus=1 --wrap "logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet"
   logitstore collect --teacher model.Q4_1.gguf --dataset docs.parquet --out logits.parquet --max-tokens 1000000
 
 --codec auto, head=log, head=sqrtp and tail=predicted are fitted first, to rows spread over the data set; the tables lie
 beside the store in x.parquet.tables/. Interrupted, the same command continues where it stopped; finished, it says so
 and does nothing.
+
+Under torchrun and in a SLURM job or job array the processes share the work, one GPU each, and the last to finish puts
+the store together; any number of processes goes on with what others began. They take a fitted codec from --tables.
 """
 
 
@@ -45,7 +53,7 @@ class CollectSettings(SourceSettings):
     """codec_options: the codec's options beside vocab_size. tables: a folder that codec.save wrote, or a store, whose
     fitted codec is used instead. goal: what `codec` "auto" is chosen for; without tokens, those of this collection.
     plan_rows: rows that a codec is fitted and measured on, None for a share of the data set. use_cache: whether fitted
-    tail models are kept in, and taken from, the user's cache folder."""
+    tail models are kept in, and taken from, the user's cache folder. rank: which of several processes this one is."""
 
     out: Path
     codec: str = "topk"
@@ -54,6 +62,7 @@ class CollectSettings(SourceSettings):
     goal: Goal | None = None
     plan_rows: int | None = None
     use_cache: bool = True
+    rank: Rank = ALONE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fitting = parser.add_argument_group("what a codec is fitted on, and --codec auto is chosen for")
     add_goal_arguments(fitting, required=False, tokens="those of this collection")
     add_fitting_arguments(fitting)
-    add_running_arguments(parser.add_argument_group("how the teacher runs"))
+    running = parser.add_argument_group("how the teacher runs")
+    add_running_arguments(running)
+    running.add_argument(
+        "--rank", type=int, metavar="R",
+        help="this process is number R, from 0, of --ranks (default: what torchrun or SLURM says)",
+    )  # fmt: skip
+    running.add_argument("--ranks", type=int, metavar="N", help="processes that share the work")
 
 
 def add_fitting_arguments(group: argparse._ArgumentGroup) -> None:
@@ -125,6 +140,7 @@ def add_fitting_arguments(group: argparse._ArgumentGroup) -> None:
 def settings_from_arguments(args: argparse.Namespace) -> CollectSettings:
     """The settings that parsed arguments stand for. Raises ValueError for a malformed --set."""
     values = {name: value for name, value in vars(args).items() if name in CollectSettings.__dataclass_fields__}
+    values["rank"] = rank_of_process(os.environ, args.rank, args.ranks)
     return CollectSettings(**values, codec_options=parsed_options(args.options), goal=goal_from_arguments(args))
 
 
