@@ -222,7 +222,7 @@ def _metrics(
         "steps": trainer.state.global_step,
         "epoch": trainer.state.epoch,
         "n_parameters": sum(parameter.numel() for parameter in student.model.parameters()),
-        "samples_per_step": trainer.args.train_batch_size * config.grad_accum * trainer.args.world_size,
+        "samples_per_step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size,
         "tail": trainer.tail,
         "peak_lr": trainer.args.learning_rate,
         "n_tokens": n_tokens,
