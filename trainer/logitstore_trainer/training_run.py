@@ -217,14 +217,15 @@ def _metrics(
     logged = [entry for entry in history if "kl" in entry]
     last = logged[-1] if logged else {}
     n_tokens, train_s = last.get("n_tokens", 0), last.get("train_s", 0.0)
+    args = trainer.args
     metrics = {
         **{name: last.get(name) for name in ("loss", "kl", "ce")},
         "steps": trainer.state.global_step,
         "epoch": trainer.state.epoch,
         "n_parameters": sum(parameter.numel() for parameter in student.model.parameters()),
-        "samples_per_step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size,
+        "samples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "tail": trainer.tail,
-        "peak_lr": trainer.args.learning_rate,
+        "peak_lr": args.learning_rate,
         "n_tokens": n_tokens,
         "train_s": train_s,
         "tokens_per_s": n_tokens / train_s if train_s else 0.0,
