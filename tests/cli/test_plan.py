@@ -133,6 +133,31 @@ def test_what_is_on_the_frontier() -> None:
     assert Goal(5.0, None).chosen(rows) is None
 
 
+def steps_of(sizes: dict[float | None, tuple[float, float]], min_prob: float = 0.005) -> list[dict]:
+    return [
+        {
+            "config": {"min_prob": min_prob, "tail_step": step}, "bytes_per_token": n_bytes, "bytes_per_token_se": 0.5,
+            "table_bytes": 0, "kl": {"1": kl, "2": kl},
+        }
+        for step, (n_bytes, kl) in sizes.items()
+    ]  # fmt: skip
+
+
+def test_a_step_between_two_that_were_tried_is_tried_for_the_goal() -> None:
+    """Bytes go with step^-1.5 and KL with step here, so that the step is known."""
+    rows = steps_of({step: (2 * step**-1.5 - 1, step) for step in (0.2, 0.1)} | {None: (10.0, 0.5)})
+    other_head = steps_of({0.14: (43.5, 2.0)}, min_prob=0.01)
+    for_bytes = Goal(45.0, None).between([*rows, *other_head])
+    step_at_45 = (2 / 45) ** (1 / 1.5)
+    assert for_bytes == {"min_prob": 0.005, "tail_step": pytest.approx(0.2 * (step_at_45 / 0.2) ** 0.95, rel=4e-3)}
+    for_kl = Goal(None, 0.15).between(rows)
+    assert for_kl == {"min_prob": 0.005, "tail_step": pytest.approx(0.1 * 1.5**0.95, rel=2e-3)}
+    assert Goal(2 * 0.2**-1.5 + 1e-3, None).between(rows) is None  # 0.2 is the step already
+    assert Goal(1000.0, None).between(rows) is None  # nothing misses it
+    assert Goal(5.0, None).between(rows) is None  # nothing keeps it
+    assert Goal(10.0 + 1.1, None).between([row for row in rows if row["config"]["tail_step"] != 0.2]) is None
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> tuple[Path, Path]:
     """(folder of a tiny Llama with its tokenizer, one token a byte, and prompts with completions)."""

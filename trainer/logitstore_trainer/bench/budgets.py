@@ -18,7 +18,7 @@ from logitstore.fit_codec import fitted_on_rows
 from logitstore.tail_fit import TailFitSettings
 from logitstore_trainer.bench.logits_file import LogitsFile
 from logitstore_trainer.plan.goal import Goal
-from logitstore_trainer.plan.plan import Prepared, measured_candidates, prepare
+from logitstore_trainer.plan.plan import Prepared, between_candidates, measured_candidates, prepare
 from logitstore_trainer.plan.sample import SampleRows
 
 LEAST_ROWS = 2000  # fewer cannot tell a good tail from a bad one
@@ -85,6 +85,11 @@ def planned_codecs(sample: Prepared, budgets: Sequence[float]) -> Iterator[Plann
     for codec, result in measured_candidates(sample, (1.0, 2.0)):
         results.append(result)
         best |= {budget: codec for budget, goal in goals.items() if goal.chosen(results) is result}
+    for budget, goal in goals.items():
+        own = list(results)
+        for codec, result in between_candidates(sample, own, goal):
+            own.append(result)
+            best |= {budget: codec} if goal.chosen(own) is result else {}
     heads: dict[tuple[Any, ...], None] = {}
     for budget, codec in sorted(best.items()):
         yield Planned(codec, budget)

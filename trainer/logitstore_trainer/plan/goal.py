@@ -1,11 +1,13 @@
 """What a plan is asked for: a size or a fidelity, at a temperature, for a number of tokens."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_TOKENS = 1e9
+_SHARE_OF_THE_WAY = 0.95  # to a step that should just keep the goal: neither bytes nor KL follow a power of it exactly
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,36 @@ class Goal:
         fitting = [row for row in rows if _most_bytes(row) <= self.max_bytes_per_token]
         return min(fitting, key=self.loss, default=None)
 
+    def between(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """The config of a step between the chosen row's and the nearest one that misses the goal, both of one head, at
+        which the goal should just be kept; None where there is no such step, or it is within 1 % of the chosen one."""
+        chosen = self.chosen(rows)
+        if chosen is None or chosen["config"].get("tail_step") is None:
+            return None
+        measure, limit = self.loss, self.max_kl
+        if self.max_bytes_per_token is not None:
+            measure, limit = _most_bytes, self.max_bytes_per_token
+        others = [row for row in rows if _same_head(row, chosen) and measure(row) > limit]
+        if not others:
+            return None
+        missed = min(others, key=measure)
+        share = math.log(limit / measure(chosen)) / math.log(measure(missed) / measure(chosen))
+        step, missed_step = chosen["config"]["tail_step"], missed["config"]["tail_step"]
+        found = float(f"{step * (missed_step / step) ** (_SHARE_OF_THE_WAY * share):.3g}")
+        return {**chosen["config"], "tail_step": found} if abs(math.log(found / step)) > 0.01 else None
+
     def text(self) -> str:
         """The goal in words."""
         if self.max_kl is not None:
             return f"a KL of at most {self.max_kl:g} nats at T = {self.temperature or 1:g}"
         at = "T = 1 and T = 2 together" if self.temperature is None else f"T = {self.temperature:g}"
         return f"the least KL at {at} in at most {self.max_bytes_per_token:g} bytes a token"
+
+
+def _same_head(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configurations differ in nothing but a step that both have."""
+    a, b = row["config"], other["config"]
+    return a.get("tail_step") is not None and {**a, "tail_step": 0} == {**b, "tail_step": 0}
 
 
 def _most_bytes(row: dict[str, Any]) -> float:

@@ -86,6 +86,9 @@ def make_plan(
         results.append(result)
         if goal.chosen(results) is result:
             best = codec  # the others are dropped: tables take up to hundreds of MB
+    for codec, result in between_candidates(prepared, results, goal):
+        results.append(result)
+        best = codec if goal.chosen(results) is result else best
     mark_frontier(results, goal)
     return Planned(
         results=results,
@@ -159,6 +162,21 @@ def measured_candidates(
     with Progress(total=total, desc="measure", unit="codecs") as display:
         for codec in candidates(prepared.rows, prepared.tail):
             yield codec, measured_codec(codec, prepared, temperatures)
+            display.update()
+
+
+def between_candidates(
+    prepared: Prepared, results: Sequence[dict[str, Any]], goal: Goal
+) -> Iterator[tuple[TopKCodec, dict[str, Any]]]:
+    """One more configuration, fitted, with its row of results, where a step between two of them should suit the goal
+    better than either; shows progress."""
+    options = goal.between(results)
+    if options is None:
+        return
+    with Progress(total=1, desc="measure a step between", unit="codecs") as display:
+        head = _codec(len(prepared.rows.lm_head), {**options, "tail_step": None})
+        for codec in fitted_steps(head, prepared.rows, prepared.tail, [options["tail_step"]]):
+            yield codec, measured_codec(codec, prepared, goal.temperatures)
             display.update()
 
 
