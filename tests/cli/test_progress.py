@@ -75,4 +75,4 @@ def test_each_stage_of_a_fit_is_shown_with_its_own_rate(clock: list[float], caps
         ),
     ]
     assert capsys.readouterr().err == ""
-    assert set(FIT_STAGES) == {"rows", "rows again", "steps", "texts"}
+    assert set(FIT_STAGES) == {"rows", "rows again", "metric", "steps", "basis", "texts"}

@@ -197,7 +197,8 @@ def test_tokens_that_the_teacher_rules_out_stay_ruled_out(as_full_logits: bool) 
     decoded = codec.decode(codec.encode(targets, ids[0]), ids[0])
     dense = np.exp(decoded.dense_logprobs().astype(np.float64))
     assert dense[:, never].sum(axis=1).max() < 1e-3
-    np.testing.assert_allclose(dense.sum(axis=1), 1, atol=2e-6)
+    # logits of the ruled out reach 100 below the others, where float32 has steps of 8e-6
+    np.testing.assert_allclose(dense.sum(axis=1), 1, atol=2e-5)
 
 
 def test_a_vocabulary_too_small_to_predict_is_refused() -> None:
