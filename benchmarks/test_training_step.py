@@ -46,7 +46,7 @@ def two_cores():
 
 @pytest.fixture(scope="module")
 def samples() -> list[tuple[FactoredLogits, np.ndarray, None]]:
-    """Made-up text of a made-up teacher with heads as peaked as a real one's: top-16 mass about 0.8."""
+    """Made-up text of a made-up teacher."""
     rng = np.random.default_rng(0)
     head = rng.standard_normal((VOCAB_SIZE, TEACHER_WIDTH)).astype(np.float32)
     made = []

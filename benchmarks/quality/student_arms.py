@@ -112,14 +112,14 @@ def write_stores(rows_folder: Path, stores: Path) -> None:
     sizes_path = stores / "bytes_per_token.json"
     sizes = json.loads(sizes_path.read_text()) if sizes_path.is_file() else {}
     rows = LogitsFile(rows_folder / "train.safetensors")
-    for name, codec in _codecs(rows_folder, rows.vocab_size, stores, skip=set(sizes)):
+    for name, codec in _codecs(rows_folder, rows.vocab_size, skip=set(sizes)):
         sizes[name] = _write_store(stores / f"{name}.parquet", codec, rows, name)
         partial = sizes_path.with_suffix(".partial")
         partial.write_text(json.dumps(sizes))
         partial.rename(sizes_path)
 
 
-def _codecs(rows_folder: Path, vocab_size: int, stores: Path, *, skip: set[str]) -> Iterator[tuple[str, Any]]:
+def _codecs(rows_folder: Path, vocab_size: int, *, skip: set[str]) -> Iterator[tuple[str, Any]]:
     plain = {
         "top 16": {"name": "topk", "k": 16, "head": "fp16"},
         "RS-KD": {"name": "rskd", "draws": 50},

@@ -10,8 +10,8 @@ teacher over the whole vocabulary at T = 1 and T = 2 on held-out text of both ki
 often student and teacher rank the same token first. An arm's share is how much of the way from labels to full logits it
 went, at the temperature that it was trained at.
 
-A run takes some five minutes on two cores, a seed with all arms an hour. Every finished run is one line of the file of
-rows; what is there is not run again, so a killed script goes on where it was. It ends with the table of all rows.
+It takes hours. Every finished run is one line of the file of rows; what is there is not run again, so a killed script
+goes on where it was. It ends with the table of all rows.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> int:
     """Runs what has no row yet; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("codec-rows"), help="folder that codec_rows.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("student-quality"), help="folder for the stores (some 100 MB)")
+    parser.add_argument("--out", type=Path, default=Path("student-quality"), help="folder for the stores")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="which; none: print the table alone")
     parser.add_argument("--arms", nargs="+", help="only these, by name (default: all)")
     parser.add_argument("--results", type=Path, default=ROWS, help="file of result rows, one JSON object a line")

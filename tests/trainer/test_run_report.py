@@ -5,6 +5,7 @@ import importlib.util
 import re
 
 import pytest
+from interrupted_run import STUDENT, InterruptAt
 from logitstore_trainer import progress
 from logitstore_trainer.cli import main
 from logitstore_trainer.report import Plot, cell_text, render_html
@@ -12,19 +13,7 @@ from logitstore_trainer.run_report import run_sections
 from logitstore_trainer.train import TrainConfig, train
 from transformers import TrainerCallback
 
-STUDENT = "llama:layers=2,width=32,heads=2,mlp=64"
 ENVIRONMENT = {"torch": "2.13.0", "gpu": None}
-
-
-class InterruptAt(TrainerCallback):
-    """Ctrl-C after a number of optimizer steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture

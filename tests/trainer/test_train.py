@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted_run import STUDENT, InterruptAt
 from logitstore_kernels.reference import distillation_loss_reference
 from logitstore_trainer import TeacherDecoder, checkpoints, collate
 from logitstore_trainer.collator import next_token_labels
@@ -22,19 +23,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import logitstore
-
-STUDENT = "llama:layers=2,width=32,heads=2,mlp=64"
-
-
-class InterruptAt(TrainerCallback):
-    """Ctrl-C after a number of optimizer steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
