@@ -117,7 +117,6 @@ def fit_corrections(
     """The tables for errors [R, r] of predictions in rows of these weights and classes."""
     overall = float(weights_R.mean())
     weights = np.full(N_CLASSES, overall)
-    scale = np.ones(N_CLASSES)
     counts = np.bincount(classes_R, minlength=N_CLASSES)
     weights += (np.bincount(classes_R, weights_R, N_CLASSES) - counts * overall) / (counts + 10)
     weights = np.clip(weights, 1e-6, 1.5).astype(np.float32)

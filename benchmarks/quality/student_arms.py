@@ -26,7 +26,6 @@ import logitstore
 from logitstore.fit_cache import FitCache, default_cache_folder
 
 BUDGETS = (16.0, 24.0, 40.0)
-DISTILLKIT_BYTES = 312.0  # benchmarks/results/storage.json: its recommended configuration on this vocabulary
 FULL_BYTES_PER_LOGIT = 2
 KINDS = ("gsm8k", "instructions", "documentation")
 
@@ -65,8 +64,11 @@ LossOfBatch = Callable[[torch.Tensor, list[int]], torch.Tensor]  # logits [S, L,
 def loss_of_arm(arm: Arm, rows: LogitsFile, stores: Path) -> tuple[LossOfBatch, float]:
     """(the arm's loss, mean over rows; bytes a token of what it reads)."""
     if arm.codec is None:
-        targets = _full_logits if arm.name == "full logits" else _DistillKitRows(rows.vocab_size)
-        size = FULL_BYTES_PER_LOGIT * rows.vocab_size if arm.name == "full logits" else DISTILLKIT_BYTES
+        targets: Callable[[Any, float], torch.Tensor] = _full_logits
+        size: float = FULL_BYTES_PER_LOGIT * rows.vocab_size
+        if arm.name == "DistillKit":
+            rival = _DistillKitRows(rows.vocab_size)
+            targets, size = rival, rival.bytes_per_row(rows[0])
 
         def dense_loss(logits_SLV: torch.Tensor, numbers: list[int]) -> torch.Tensor:
             samples = [rows[number] for number in numbers]
@@ -76,7 +78,7 @@ def loss_of_arm(arm: Arm, rows: LogitsFile, stores: Path) -> tuple[LossOfBatch, 
             kl = torch.nn.functional.kl_div(logq_NV, logp_NV, reduction="sum", log_target=True)
             return arm.temperature**2 * kl / len(logp_NV)
 
-        return dense_loss, float(size)
+        return dense_loss, size
     path = stores / f"{arm.codec}.parquet"
     store = logitstore.open(path)
     alpha = 0.0 if arm.is_labels else 1.0
@@ -100,6 +102,9 @@ class _DistillKitRows:
     def __init__(self, vocab_size: int) -> None:
         self._rival = DistillKit("recommended", vocab_size, DISTILLKIT_OPTIONS["recommended"])
         self._vocab_size = vocab_size
+
+    def bytes_per_row(self, sample: Any) -> float:
+        return self._rival.bytes_per_row(sample)
 
     def __call__(self, sample: Any, temperature: float) -> torch.Tensor:
         ids_RK, logps_RK = self._rival.entries(sample)

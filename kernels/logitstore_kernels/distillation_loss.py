@@ -4,21 +4,10 @@ Checks the arguments, finds the rows that count, and hands them to the path that
 Triton kernel or row chunks in plain PyTorch. reference.py is the same loss written for reading.
 """
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from logitstore_kernels.dispatch import loss_rows
-from logitstore_kernels.loss_arguments import (
-    DistillationLossParts,
-    check_arguments,
-    check_extra_terms,
-    check_reverse_kl_is_finite,
-    compute_dtype,
-    counted_rows,
-    reduce_rows,
-    row_weight,
-)
+from logitstore_kernels.loss_arguments import DistillationLossParts, checked_rows, reduce_rows
 from logitstore_kernels.loss_terms import LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 
@@ -154,18 +143,11 @@ def _loss_parts(
     inplace: bool,
     row_weights_N: Tensor | None,
 ) -> DistillationLossParts:
-    check_arguments(
-        student_logits_NW, teacher, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
-        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        kl_wanted=terms.kl_wanted,
+    checked = checked_rows(
+        student_logits_NW, teacher, labels_N, terms, ignore_index, reduction, num_items_in_batch, row_weights_N
+    )
+    rows = loss_rows(
+        student_logits_NW, teacher, labels_N, checked.counted_N, checked.terms, expected_upstream=checked.weight,
+        inplace=inplace,
     )  # fmt: skip
-    check_extra_terms(terms, row_weights_N, labels_N)
-    terms = replace(terms, temperature=float(terms.temperature), alpha=float(terms.alpha))
-    counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
-    check_reverse_kl_is_finite(teacher, terms, counted_N)
-    dtype = compute_dtype(student_logits_NW)
-    weight = row_weight(counted_N, reduction, num_items_in_batch, dtype, row_weights_N)
-    if row_weights_N is not None:
-        counted_N &= row_weights_N != 0
-    rows = loss_rows(student_logits_NW, teacher, labels_N, counted_N, terms, expected_upstream=weight, inplace=inplace)
-    return reduce_rows(*rows, weight, reduction)
+    return reduce_rows(*rows, checked.weight, reduction)

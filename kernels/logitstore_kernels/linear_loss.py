@@ -7,7 +7,6 @@ gradient of its own, with reduction="none", they are made in backward(), where t
 Letters: N rows, D width, V vocabulary. T is the temperature.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,12 +24,9 @@ from logitstore_kernels.linear_chunks import (
 )
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
-    check_arguments,
-    check_extra_terms,
-    compute_dtype,
-    counted_rows,
+    checked_rows,
+    logits_like,
     reduce_rows,
-    row_weight,
 )
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.sharded_weight import whole_weight
@@ -129,19 +125,10 @@ def _loss_parts(
 ) -> DistillationLossParts:  # fmt: skip
     check_head(hidden_ND, weight_VD, bias)
     check_head_against(hidden_ND, weight_VD, teacher, chunk_rows)
-    # For the checks of what is not the head's: logits of the right shape that take no memory.
-    logits_NV = hidden_ND.detach().new_empty(1).expand(len(hidden_ND), len(weight_VD))
-    check_arguments(
-        logits_NV, teacher, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
-        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        kl_wanted=terms.kl_wanted,
+    terms, counted_N, weight = checked_rows(
+        logits_like(hidden_ND, len(weight_VD)), teacher, labels_N, terms, ignore_index, reduction, num_items_in_batch,
+        row_weights_N,
     )  # fmt: skip
-    check_extra_terms(terms, row_weights_N, labels_N)
-    terms = replace(terms, temperature=float(terms.temperature), alpha=float(terms.alpha))
-    counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
-    weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(hidden_ND), row_weights_N)
-    if row_weights_N is not None:
-        counted_N &= row_weights_N != 0
     dtype, device = logits_dtype(hidden_ND), hidden_ND.device
     if chunk_rows is None:
         chunk_rows = linear_chunk_rows(

@@ -9,6 +9,7 @@ Letters: N rows, W student columns (W >= V), V vocabulary. T is the temperature.
 
 import math
 import numbers
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,49 @@ class DistillationLossParts(NamedTuple):
     loss: Tensor
     kl: Tensor
     ce: Tensor
+
+
+class CheckedRows(NamedTuple):
+    """terms, its temperature and alpha as floats; which rows count [N] bool; what each row's loss is multiplied with, 0
+    axes or [N]."""
+
+    terms: LossTerms
+    counted_N: Tensor
+    weight: Tensor
+
+
+def checked_rows(
+    student_logits_NW: Tensor,
+    teacher: TeacherBatch,
+    labels_N: Tensor,
+    terms: LossTerms,
+    ignore_index: int,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    row_weights_N: Tensor | None = None,
+) -> CheckedRows:
+    """What every path begins with: all checks, and the rows and weights that follow from the arguments.
+
+    student_logits_NW: only shape, dtype and device are looked at.
+    """
+    check_arguments(
+        student_logits_NW, teacher, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
+        kl_wanted=terms.kl_wanted,
+    )  # fmt: skip
+    check_extra_terms(terms, row_weights_N, labels_N)
+    counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
+    check_reverse_kl_is_finite(teacher, terms, counted_N)
+    weight = row_weight(counted_N, reduction, num_items_in_batch, compute_dtype(student_logits_NW), row_weights_N)
+    if row_weights_N is not None:
+        counted_N = counted_N & (row_weights_N != 0)
+    floats = replace(terms, temperature=float(terms.temperature), alpha=float(terms.alpha))
+    return CheckedRows(floats, counted_N, weight)
+
+
+def logits_like(tensor_ND: Tensor, n_columns: int) -> Tensor:
+    """Logits [N, n_columns] with rows, dtype and device of tensor_ND that take no memory: for the checks alone."""
+    return tensor_ND.detach().new_empty(1).expand(len(tensor_ND), n_columns)
 
 
 def check_arguments(

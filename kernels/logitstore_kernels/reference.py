@@ -15,16 +15,7 @@ from torch import Tensor
 
 from logitstore_kernels.autocast import without_autocast
 from logitstore_kernels.divergences import FORWARD_KL, divergence_rows, times_log_ratio
-from logitstore_kernels.loss_arguments import (
-    DistillationLossParts,
-    check_arguments,
-    check_extra_terms,
-    check_reverse_kl_is_finite,
-    compute_dtype,
-    counted_rows,
-    reduce_rows,
-    row_weight,
-)
+from logitstore_kernels.loss_arguments import DistillationLossParts, checked_rows, compute_dtype, reduce_rows
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.teacher_batch import TeacherBatch
 from logitstore_kernels.tempering import temper_teacher
@@ -92,20 +83,12 @@ def _loss_parts(
     num_items_in_batch: int | Tensor | None,
     row_weights_N: Tensor | None,
 ) -> DistillationLossParts:
-    check_arguments(
-        student_logits_NV, t, labels_N, temperature=terms.temperature, alpha=terms.alpha, tail=terms.tail,
-        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        kl_wanted=terms.kl_wanted,
-    )  # fmt: skip
-    check_extra_terms(terms, row_weights_N, labels_N)
-    dtype = compute_dtype(student_logits_NV)
-    counted_N = counted_rows(labels_N, t, ignore_index, num_items_in_batch)
-    check_reverse_kl_is_finite(t, terms, counted_N)
-    weight = row_weight(counted_N, reduction, num_items_in_batch, dtype, row_weights_N)
-    if row_weights_N is not None:
-        counted_N = counted_N & (row_weights_N != 0)
-    rows = loss_rows_reference(student_logits_NV.to(dtype), t, labels_N, counted_N, terms)
-    return reduce_rows(*rows, weight, reduction)
+    checked = checked_rows(
+        student_logits_NV, t, labels_N, terms, ignore_index, reduction, num_items_in_batch, row_weights_N
+    )
+    logits_NV = student_logits_NV.to(compute_dtype(student_logits_NV))
+    rows = loss_rows_reference(logits_NV, t, labels_N, checked.counted_N, checked.terms)
+    return reduce_rows(*rows, checked.weight, reduction)
 
 
 def loss_rows_reference(

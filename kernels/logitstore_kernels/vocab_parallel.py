@@ -25,11 +25,10 @@ from logitstore_kernels.chunk_math import (
 from logitstore_kernels.chunked import take_gradient
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
-    check_arguments,
+    checked_rows,
     compute_dtype,
-    counted_rows,
+    logits_like,
     reduce_rows,
-    row_weight,
 )
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.row_chunks import rows_per_chunk
@@ -106,18 +105,13 @@ def _loss_parts(
     group, *, kl_wanted, ce_wanted,
 ) -> DistillationLossParts:  # fmt: skip
     _check_shard(logits_NS, teacher, vocab_start)
-    # For the checks of what is not this shard's: logits of the right shape that take no memory.
-    check_arguments(
-        logits_NS.detach().new_empty(1).expand(len(logits_NS), teacher.vocab_size), teacher, labels_N,
-        temperature=temperature, alpha=alpha, tail=tail, ignore_index=ignore_index, reduction=reduction,
-        num_items_in_batch=num_items_in_batch, kl_wanted=kl_wanted,
-    )  # fmt: skip
-    counted_N = counted_rows(labels_N, teacher, ignore_index, num_items_in_batch)
-    dtype = compute_dtype(logits_NS)
-    weight = row_weight(counted_N, reduction, num_items_in_batch, dtype)
-    terms = LossTerms(float(temperature), float(alpha), tail, kl_wanted, ce_wanted)
+    like_whole_rows = logits_like(logits_NS, teacher.vocab_size)
+    asked = LossTerms(temperature, alpha, tail, kl_wanted, ce_wanted)
+    terms, counted_N, weight = checked_rows(
+        like_whole_rows, teacher, labels_N, asked, ignore_index, reduction, num_items_in_batch
+    )
     shard = _Shard(vocab_start, min(logits_NS.shape[1], max(0, teacher.vocab_size - vocab_start)), group)
-    known = known_rows(teacher, labels_N, counted_N, terms, dtype)
+    known = known_rows(teacher, labels_N, counted_N, terms, compute_dtype(logits_NS))
     rows = LossRows(*_VocabParallelLoss.apply(logits_NS, teacher, known, terms, weight, shard))
     return reduce_rows(*rows, weight, reduction)
 

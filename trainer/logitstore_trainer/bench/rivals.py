@@ -122,6 +122,11 @@ class DistillKit:
         ids_1RK, logps_1RK = self._compressor.decompress_to_sparse(self._compressor.compress_from_sparse(*entries_1RK))
         return ids_1RK[0].numpy(), logps_1RK[0].float().numpy()
 
+    def bytes_per_row(self, sample: LogitsSample) -> float:
+        """Bytes a row of what the compressor gives for a sample."""
+        planes = self._compressor.compress_from_sparse(*self._top_entries(sample)).values()
+        return sum(plane.nbytes / plane[0].shape[0] for plane in planes)
+
     def _top_entries(self, sample: LogitsSample) -> tuple[Any, Any]:
         import torch
 

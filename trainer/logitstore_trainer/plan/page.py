@@ -21,8 +21,8 @@ _MEANING = (
 )
 
 
-def configuration_text(config: dict[str, Any]) -> str:
-    """A configuration in a few words: "predicted, p >= 0.005, log 0.5, tail step 0.13"."""
+def in_words(config: dict[str, Any]) -> str:
+    """A configuration, in words: "predicted, p >= 0.005, log 0.5, tail step 0.13"."""
     kept = f"p >= {config['min_prob']:g}" if "min_prob" in config else f"k = {config['k']}"
     head = config["head"] + (f" {config['head_step']:g}" if "head_step" in config else "")
     step = f", tail step {config['tail_step']:g}" if "tail_step" in config else ""
@@ -39,7 +39,7 @@ def plan_table(results: Sequence[dict[str, Any]], goal: "Goal") -> tuple[list[st
         size = f"{row['bytes_per_token']:.1f}" + _error(row["bytes_per_token_se"])
         star = "*" if row["frontier"] else ""
         tables = f"{row['table_bytes'] / 1e6:.1f}"
-        rows.append([star, configuration_text(row["config"]), size, tables, f"{row['entries']:.1f}", *kls])
+        rows.append([star, in_words(row["config"]), size, tables, f"{row['entries']:.1f}", *kls])
     return headers, rows
 
 
@@ -72,7 +72,7 @@ def recommendation_lines(planned: "Planned", goal: "Goal") -> list[str]:
             saved = rival["bytes_per_token"] - best["bytes_per_token"]
             if saved > 0:
                 lines.append(
-                    f"Below {best['table_bytes'] / saved:,.0f} tokens {configuration_text(rival['config'])} "
+                    f"Below {best['table_bytes'] / saved:,.0f} tokens {in_words(rival['config'])} "
                     f"({rival['bytes_per_token']:.1f} bytes a token, no tables) takes less."
                 )
     return [*lines, *(f"Warning: {warning}." for warning in warnings_of(planned, goal))]
@@ -119,7 +119,7 @@ def _measured_text(row: dict[str, Any], goal: "Goal") -> str:
         for name in (f"{temperature:g}" for temperature in goal.temperatures)
     )
     size = f"{row['bytes_per_token']:.1f}{_error(row['bytes_per_token_se'])}"
-    return f"{configuration_text(row['config'])}, {size} bytes a token, KL {kls}"
+    return f"{in_words(row['config'])}, {size} bytes a token, KL {kls}"
 
 
 def write_page(path: Path, planned: "Planned", goal: "Goal", facts: dict[str, Any]) -> Path:
