@@ -9,7 +9,7 @@ Letters: S sequences of a batch, L length, N = S * (L - 1) rows, V vocabulary, D
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,36 +111,38 @@ class _DistillKitRows:
         return torch.from_numpy(missing_mass_uniform(ids_RK, logps_RK, self._vocab_size, temperature))
 
 
-def write_stores(rows_folder: Path, stores: Path) -> None:
-    """Plans the codecs of the budgets, and writes the store of every codec that is not there yet."""
+def write_stores(rows_folder: Path, stores: Path, arms: Sequence[Arm]) -> None:
+    """Writes the stores of these arms that are not there yet; plans the codecs of the budgets where it takes one."""
     stores.mkdir(parents=True, exist_ok=True)
     sizes_path = stores / "bytes_per_token.json"
     sizes = json.loads(sizes_path.read_text()) if sizes_path.is_file() else {}
     rows = LogitsFile(rows_folder / "train.safetensors")
-    for name, codec in _codecs(rows_folder, rows.vocab_size, skip=set(sizes)):
+    missing = {arm.codec for arm in arms if arm.codec is not None} - set(sizes)
+    for name, codec in _codecs(rows_folder, rows.vocab_size, missing):
         sizes[name] = _write_store(stores / f"{name}.parquet", codec, rows, name)
         partial = sizes_path.with_suffix(".partial")
         partial.write_text(json.dumps(sizes))
         partial.rename(sizes_path)
 
 
-def _codecs(rows_folder: Path, vocab_size: int, *, skip: set[str]) -> Iterator[tuple[str, Any]]:
+def _codecs(rows_folder: Path, vocab_size: int, names: Collection[str]) -> Iterator[tuple[str, Any]]:
     plain = {
         "top 16": {"name": "topk", "k": 16, "head": "fp16"},
         "RS-KD": {"name": "rskd", "draws": 50},
     }
     for name, options in plain.items():
-        if name not in skip:
+        if name in names:
             yield name, logitstore.make_codec(vocab_size=vocab_size, **options)
-    if all(f"{budget:g} bytes" in skip for budget in BUDGETS):
+    budgets = {f"{budget:g} bytes": budget for budget in BUDGETS}
+    if budgets.keys().isdisjoint(names):
         return
     fit = LogitsFile(rows_folder / "fit.safetensors")
     choose_on = [LogitsFile(rows_folder / f"choose-{kind}.safetensors") for kind in KINDS]
     sample = prepared(fit, range(len(fit)), choose_on, quick=False, cache=FitCache(default_cache_folder(), print))
-    for planned in planned_codecs(sample, BUDGETS):
-        name = f"{planned.budget:g} bytes" if planned.budget else ""
-        if name and name not in skip:
-            yield name, planned.codec
+    codecs = {planned.budget: planned.codec for planned in planned_codecs(sample, BUDGETS)}
+    for name, budget in budgets.items():
+        if name in names:
+            yield name, codecs[budget]
 
 
 def _write_store(path: Path, codec: Any, rows: LogitsFile, name: str) -> float:
@@ -162,9 +164,14 @@ def _write_store(path: Path, codec: Any, rows: LogitsFile, name: str) -> float:
 
 
 def batches(n_sequences: int, batch_size: int, n_steps: int, seed: int) -> Sequence[list[int]]:
-    """The numbers of the sequences of every step: the same for every arm of a seed, pass after pass, shuffled."""
+    """The numbers of the sequences of every step: the same for every arm of a seed, pass after pass, shuffled.
+
+    The first half of the sequences is one kind of text, the second the other; every step has as much of either.
+    """
     generator = torch.Generator().manual_seed(seed)
+    half = n_sequences // 2
     order: list[int] = []
     while len(order) < batch_size * n_steps:
-        order += torch.randperm(n_sequences, generator=generator).tolist()
+        halves = [torch.randperm(half, generator=generator) + first for first in (0, half)]
+        order += torch.stack(halves, dim=1).flatten().tolist()
     return [order[step * batch_size : (step + 1) * batch_size] for step in range(n_steps)]

@@ -64,6 +64,7 @@ def test_kinds_are_apart_and_the_unseen_one_counts_nowhere_else(measured) -> Non
     facts = json.loads((out / "environment.json").read_text())
     assert facts["rows_measured"] == 2 * 4 * 29
     assert facts["rows_fitted"] == 72 * 29
+    assert 0 < facts["seconds_of_fit"] < facts["seconds"]
     for row in results:
         asked = [("maths", False), ("chat", False), *([("code", True)] if row["table_bytes"] else [])]
         assert [(name, kind["unseen"]) for name, kind in row["kinds"].items()] == asked

@@ -52,6 +52,7 @@ def test_every_sequence_comes_once_a_pass_and_seeds_differ(scripts) -> None:
     order = arms.batches(10, 2, 10, seed=1)
     assert sorted(number for step in order[:5] for number in step) == list(range(10))
     assert sorted(number for step in order[5:] for number in step) == list(range(10))
+    assert all(sum(number < 5 for number in step) == 1 for step in order)  # as much of either kind of text
     assert order == arms.batches(10, 2, 10, seed=1) != arms.batches(10, 2, 10, seed=2)
 
 
