@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ENTRIES = 64
 FACTORED_ROWS, FACTORED_WIDTH = 2048, 640
+LEAST_SHARE = 1e-6  # of the greatest eigenvalue; below, float32 products are noise, and a head of noise has no answer
 REACH = 100.0
 
 Sample = tuple[Any, Any, Any]
@@ -158,7 +159,7 @@ def _principal_directions(samples: Iterable[Sample], vocab_size: int) -> _Head:
     bias = torch.where(possible, bias, bias[possible].max() - REACH)
     centred = _centred(z, bias, possible)
     values, vectors = torch.linalg.eigh((centred @ centred.T).double())
-    usable = values > values[-1] * 1e-9
+    usable = values > values[-1] * LEAST_SHARE
     keep_width = min(FACTORED_WIDTH, max(int(usable.sum()), 1), vocab_size)
     directions = vectors[:, -keep_width:].float()
     scale = values[-keep_width:].clamp(min=1e-12).sqrt().float()
