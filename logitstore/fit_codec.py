@@ -33,6 +33,7 @@ CORRECTION_ROWS = 40_000
 # stage, done, total or None; the stages: "rows" read ("rows again" where more than 64 entries are kept), those of the
 # tail model's fit ("metric", "steps", "basis"), "texts" whose corrections are counted
 OnProgress = Callable[[str, int, int | None], Any]
+_NO_TAILS = "no tail model can be fitted to these rows, whose tails do not differ; use tail 'residual', or other rows"
 PASSES = 40  # over a small sample; a large one is seen as often as TailFitSettings.rows_seen says
 
 
@@ -112,7 +113,8 @@ def fit_tail(
     cache: FitCache | None = None,
 ) -> TailModel:
     """fit_tail_model with no more passes over a small sample than do it good, or what the cache has of it; on a CUDA
-    device where there is one. rank: coefficients, None for as many as the head is wide (1,024 at most)."""
+    device where there is one. rank: coefficients, None for as many as the head is wide (1,024 at most). Raises
+    ValueError for rows whose tails do not differ."""
     import torch
 
     settings = settings or TailFitSettings()
@@ -120,7 +122,13 @@ def fit_tail(
 
     def fit() -> TailModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return fit_tail_model(rows, settings, device=device, on_progress=on_progress)
+        try:
+            model = fit_tail_model(rows, settings, device=device, on_progress=on_progress)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(_NO_TAILS) from error
+        if not model.arrays["basis"].any():
+            raise ValueError(_NO_TAILS)
+        return model
 
     model = fit() if cache is None else cache.fitted(rows, settings, fit)
     return model if rank is None else with_rank(model, rows, min(rank, model.rank))
@@ -134,6 +142,8 @@ def targets_of_rows(codec: "TopKCodec", rows: TailRows) -> Iterator[TeacherTarge
         mass = np.log1p(-np.minimum(head.sum(axis=1), 1 - 1e-7))
         half_of_all = np.exp(rows.lse_2[index].numpy().astype(np.float64) - rows.lse_1[index].numpy() / 2)
         half = np.log(np.maximum(half_of_all - np.sqrt(head).sum(axis=1), 1e-7))
+        if logps.shape[1] == codec.vocab_size:  # every token is here
+            mass, half = np.full((2, len(logps)), -np.inf)
         coefs = None
         if codec.tail == "predicted" and codec.tail_step is not None and codec.tables is not None:
             coefs = codec.tables.predictor.teacher_coefs(*_hidden(rows, index))

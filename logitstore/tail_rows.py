@@ -8,7 +8,7 @@ Memory: 2 D + 8 * 64 bytes a row, some 1.7 kB at D = 576; logits are read in chu
 Letters: R rows, D width, V vocabulary, K entries, S sequences.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ENTRIES = 64
 FACTORED_ROWS, FACTORED_WIDTH = 2048, 640
+LEAST_SHARE = 1e-6  # of the greatest eigenvalue; below, float32 products are noise, and a head of noise has no answer
 REACH = 100.0
 
 Sample = tuple[Any, Any, Any]
@@ -59,8 +60,8 @@ class TailRows:
 def tail_rows(samples: Iterable[Sample], vocab_size: int, *, on_rows: Callable[[int], Any] | None = None) -> TailRows:
     """The rows of samples of (logits [L, V], input_ids [L], keep_mask [L-1] or None), a re-iterable of them.
 
-    on_rows is called with the number of rows after each sample. Raises ValueError where no row is present or the
-    samples have different heads.
+    on_rows is called with the number of rows after each sample. Raises ValueError where no row is present, the samples
+    have different heads, a row is no distribution, or hidden states do not fit into float16.
     """
     import torch
 
@@ -74,15 +75,14 @@ def tail_rows(samples: Iterable[Sample], vocab_size: int, *, on_rows: Callable[[
         keep = np.flatnonzero(checked_keep_mask(keep_mask, len(tokens)))
         if not len(keep):
             continue
-        columns["hidden"].append(head.hidden_of(logits, keep))
-        for chunk in iter_logit_chunks(logits, keep, vocab_size=vocab_size):
-            z = torch.from_numpy(chunk)
+        for z in _distributions(logits, keep, vocab_size):
             values, ids = z.topk(min(ENTRIES, vocab_size), dim=1)
             lse_1 = z.logsumexp(1)
             columns["ids"].append(ids.int())
             columns["logps"].append(values - lse_1[:, None])
             columns["lse_1"].append(lse_1)
             columns["lse_2"].append((z / 2).logsumexp(1))
+        columns["hidden"].append(head.hidden_of(logits, keep))
         columns["current"].append(torch.from_numpy(tokens[keep].astype(np.int64)))
         columns["following"].append(torch.from_numpy(tokens[keep + 1].astype(np.int64)))
         columns["position"].append(torch.from_numpy(keep))
@@ -109,11 +109,39 @@ class _Head:
         import torch
 
         if self.possible is None:
-            return torch.from_numpy(np.asarray(as_numpy(logits.hidden[rows]), np.float16))
+            return _as_float16(as_numpy(logits.hidden[rows]))
         parts = []
-        for chunk in iter_logit_chunks(logits, rows, vocab_size=len(self.bias)):
-            parts.append((_centred(torch.from_numpy(chunk), self.bias, self.possible) @ self.lm_head).half())
+        for z in _distributions(logits, rows, len(self.bias)):
+            parts.append((_centred(z, self.bias, self.possible) @ self.lm_head).half())
         return torch.cat(parts)
+
+
+def _as_float16(hidden: NDArray[np.floating]) -> "Tensor":
+    import torch
+
+    with np.errstate(over="ignore"):
+        half = hidden.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(
+            f"hidden states reach {np.abs(hidden).max():g}, a fit takes them up to {np.finfo(np.float16).max:g}; "
+            "divide them by a power of two and multiply lm_head by it"
+        )
+    return torch.from_numpy(half)
+
+
+def _distributions(logits: Any, rows: NDArray[np.int64], vocab_size: int) -> Iterator["Tensor"]:
+    """logits[rows] as float32 [n, V], chunk by chunk. Raises ValueError for a row that is no distribution."""
+    import torch
+
+    done = 0
+    for chunk in iter_logit_chunks(logits, rows, vocab_size=vocab_size):
+        unusable = np.flatnonzero(~np.isfinite(chunk.max(axis=1)))
+        if len(unusable):
+            raise ValueError(
+                f"logits of row {rows[done + unusable[0]]} have NaN, +inf or no finite value; a distribution needs one"
+            )
+        done += len(chunk)
+        yield torch.from_numpy(chunk)
 
 
 def _head_of(samples: Iterable[Sample], vocab_size: int) -> _Head:
@@ -144,8 +172,8 @@ def _principal_directions(samples: Iterable[Sample], vocab_size: int) -> _Head:
     n_rows = 0
     for logits, input_ids, keep_mask in samples:
         keep = np.flatnonzero(checked_keep_mask(keep_mask, len(as_numpy(input_ids))))
-        for chunk in iter_logit_chunks(logits, keep[: FACTORED_ROWS - n_rows], vocab_size=vocab_size):
-            rows.append(torch.from_numpy(chunk))
+        for chunk in _distributions(logits, keep[: FACTORED_ROWS - n_rows], vocab_size):
+            rows.append(chunk)
             n_rows += len(chunk)
         if n_rows >= FACTORED_ROWS:
             break
@@ -158,7 +186,7 @@ def _principal_directions(samples: Iterable[Sample], vocab_size: int) -> _Head:
     bias = torch.where(possible, bias, bias[possible].max() - REACH)
     centred = _centred(z, bias, possible)
     values, vectors = torch.linalg.eigh((centred @ centred.T).double())
-    usable = values > values[-1] * 1e-9
+    usable = values > values[-1] * LEAST_SHARE
     keep_width = min(FACTORED_WIDTH, max(int(usable.sum()), 1), vocab_size)
     directions = vectors[:, -keep_width:].float()
     scale = values[-keep_width:].clamp(min=1e-12).sqrt().float()

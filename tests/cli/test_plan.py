@@ -105,6 +105,17 @@ def test_a_goal_for_fidelity_takes_the_fewest_bytes(
     assert "No configuration reaches a KL of at most 1e-07 nats at T = 2; the nearest:" in capsys.readouterr().out
 
 
+def test_a_vocabulary_too_small_to_plan_for_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tensors = {
+        "input_ids": torch.arange(40) % 3,
+        "sample_lengths": torch.tensor([20, 20]),
+        "logits": torch.eye(40)[:, :3],
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(tmp_path / "three.safetensors"))
+    assert main(["plan", "--logits", str(tmp_path / "three.safetensors"), "--max-kl", "0.1"]) == 2
+    assert "has a vocabulary of 3 tokens, a plan is for 18 or more; keep them all" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

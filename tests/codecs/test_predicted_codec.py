@@ -8,9 +8,10 @@ import torch
 from made_up_teacher import SETTINGS, D, V, teacher_samples
 
 import logitstore
-from logitstore.codecs.topk import TopKCodec
+from logitstore.codecs.topk import LEAST_PREDICTED_VOCAB, TopKCodec
 from logitstore.errors import CorruptionError, SpecMismatchError
-from logitstore.fit_codec import fitted_on_rows, fitted_steps
+from logitstore.fit_codec import fitted_on_rows, fitted_steps, targets_of_rows
+from logitstore.logits_source import FactoredLogits
 from logitstore.tail_fit import fit_tail_model
 from logitstore.tail_rows import TailRows, tail_rows
 
@@ -202,5 +203,72 @@ def test_tokens_that_the_teacher_rules_out_stay_ruled_out(as_full_logits: bool) 
 
 
 def test_a_vocabulary_too_small_to_predict_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a vocabulary of 16 tokens or more, got 5"):
+    with pytest.raises(ValueError, match="needs a vocabulary of 18 tokens or more, got 5"):
         logitstore.make_codec("topk", vocab_size=5, tail="predicted")
+
+
+def _with(value: float) -> np.ndarray:
+    logits = np.random.default_rng(0).standard_normal((20, 100)).astype(np.float32)
+    logits[3, 4] = value
+    return logits
+
+
+def _only_token_3() -> np.ndarray:
+    return np.where(np.arange(100) == 3, 0, -np.inf) + np.zeros((20, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (_with(np.nan), "logits of row 3 have NaN"),
+        (_with(np.inf), "logits of row 3 have NaN, .inf or no finite value"),
+        (FactoredLogits(_with(np.nan)[:, :8], np.ones((100, 8))), "logits of row 3 have NaN"),
+        (FactoredLogits(_with(1e6)[:, :8], np.ones((100, 8))), r"hidden states reach 1e\+06, a fit takes .* 65504"),
+        (np.zeros((20, 100), np.float32), "whose tails do not differ"),
+        (_only_token_3(), "whose tails do not differ"),
+        (1000 * _with(0), "whose tails do not differ"),
+    ],
+    ids=["nan", "inf", "hidden nan", "hidden beyond float16", "flat", "one-hot", "steep"],
+)
+def test_rows_that_no_tail_can_be_fitted_to_are_refused(logits, message: str) -> None:
+    codec = logitstore.make_codec("topk", vocab_size=100, tail="predicted", tail_step=0.3)
+    with pytest.raises(ValueError, match=message):
+        logitstore.calibrate(codec, [logits] * 6, [np.arange(20)] * 6)
+
+
+@pytest.mark.parametrize("vocab_size", [LEAST_PREDICTED_VOCAB, 64, 65])
+def test_a_small_vocabulary_can_be_predicted_whether_or_not_every_token_is_kept(vocab_size: int) -> None:
+    rng = np.random.default_rng(0)
+    logits = [(3 * rng.standard_normal((20, vocab_size))).astype(np.float32) for _ in range(6)]
+    ids = [rng.integers(0, vocab_size, 20) for _ in logits]
+    sample = tail_rows(list(zip(logits, ids, [None] * 6, strict=True)), vocab_size)
+    tail = fit_tail_model(sample, SETTINGS)
+    for k in (3, 64):
+        options = {"k": min(k, vocab_size), "head": "log", "tail": "predicted", "tail_step": 0.3}
+        codec = fitted_on_rows(logitstore.make_codec("topk", vocab_size=vocab_size, **options), sample, tail)
+        for number, of_rows in enumerate(targets_of_rows(codec, sample)):
+            read = codec.targets_from_logits(logits[number], ids[number])
+            assert codec.encode(of_rows, ids[number])
+            assert np.isneginf(of_rows.tail_logmass[of_rows.counts == vocab_size]).all()
+            np.testing.assert_array_equal(of_rows.ids, read.ids)
+            np.testing.assert_allclose(of_rows.teacher_coefs, read.teacher_coefs, atol=0.02)
+
+
+def test_full_logits_are_corrected_as_well_as_hidden_states_with_their_head() -> None:
+    """Their head is narrower than the directions that float32 finds in them."""
+    found = []
+    for full in (False, True):
+        sample = tail_rows(teacher_samples(0, 30, full=full), V)
+        codec = fitted(sample, fit_tail_model(sample, SETTINGS), k=8, head="log", tail_step=0.1)
+        kl = n_bytes = 0.0
+        for (logits, ids, _), (whole, _, _) in zip(
+            teacher_samples(1, 4, full=full), teacher_samples(1, 4, full=True), strict=True
+        ):
+            targets = codec.targets_from_logits(logits, ids)
+            z = whole[:-1].astype(np.float64) / 2
+            log_p = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+            kl += float((np.exp(log_p) * (log_p - targets.dense_logprobs(2.0))).sum()) / len(z) / 4
+            n_bytes += len(codec.encode(targets, ids))
+        found.append((kl, n_bytes))
+    assert found[1] == pytest.approx(found[0], rel=0.15)
+    assert found[0][0] < 0.02

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import logitstore
-from logitstore.codecs.topk import TopKCodec
+from logitstore.codecs.topk import LEAST_PREDICTED_VOCAB, TopKCodec
 from logitstore.fit_cache import FitCache
 from logitstore.fit_codec import counted, fit_tail, fitted_on_rows, fitted_steps, targets_of_rows
 from logitstore.logits_source import full_logits
@@ -127,6 +127,11 @@ def prepare(
     each; where there are none on every fifth text, which is then not fitted on. Raises ValueError as make_plan does."""
     if n_rows < 1:
         raise ValueError(f"--rows must be at least 1, got {n_rows}")
+    if sample.vocab_size < LEAST_PREDICTED_VOCAB:
+        raise ValueError(
+            f"{sample.name} has a vocabulary of {sample.vocab_size} tokens, a plan is for {LEAST_PREDICTED_VOCAB} or "
+            f"more; keep them all: logitstore collect --codec topk --set k={sample.vocab_size}"
+        )
     n_texts = len(sample.row_counts)
     if choose_on:
         joined = JoinedSample([*choose_on, sample])
