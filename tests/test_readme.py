@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import symtable
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_the_tree_has_a_line_for_every_source_file_and_no_other() -> None:
     folders = ("logitstore", "kernels", "trainer", "examples", "tests", "benchmarks")
     there = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
     there = {name for name in there if not name.endswith("__init__.py")}
+    there |= {str(path.relative_to(ROOT)) for path in (ROOT / "docs").iterdir()}
     named = tree_files()
     assert there - named == set()
     assert {name for name in named if not (ROOT / name).is_file()} == set()
@@ -43,6 +45,9 @@ def test_the_plug_in_example_is_the_file_that_a_test_runs() -> None:
     lines = [line.removeprefix("    ").rstrip() for line in block.splitlines()]
     assert len(lines) <= 10
     assert "\n".join(lines) in README
+    shown = README.split("## In a trainer that you already have", 1)[1].split("```")[1].removeprefix("python")
+    names = symtable.symtable(shown, "README.md", "exec").get_symbols()
+    assert {n.get_name() for n in names if not (n.is_assigned() or n.is_imported())} == {"path", "model", "args"}
 
 
 def test_links_lead_to_files() -> None:

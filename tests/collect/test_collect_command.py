@@ -385,7 +385,9 @@ def test_an_unknown_command_or_none_shows_the_usage(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stop:
         main(["collect", "--help"])
     assert stop.value.code == 0
-    assert "teacher_logits.parquet" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "teacher_logits.parquet" in shown
+    assert "8 -m logitstore_trainer collect \\\n      --teacher" in shown  # a line that can be pasted
 
 
 def test_verify_of_a_damaged_store_exits_with_1(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from logitstore_kernels import distillation_loss
+from logitstore_kernels.reference import distillation_loss_reference
 from logitstore_trainer import DistillationLoss, DistillationMixin, OptimizerSteps, TeacherDecoder, collate, distill
 from logitstore_trainer.collator import next_token_labels
 from torch.utils.data import DataLoader, Subset
@@ -121,6 +122,42 @@ def test_hf_hook(store, few_path, new_student, tmp_path, slow_loss, settings):
     trainer = example("hf_hook").make_trainer(student, arguments(tmp_path, **settings), str(few_path))
     assert_same_gradient(changed_by(student, lambda _: trainer.train()), expected, 1e-10)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected_loss, rel=1e-6)
+
+
+def test_the_hook_packs(store, few_path, new_student, tmp_path):
+    """Four samples in two micro-batches; a cache, which lets samples of a row see each other, is switched off."""
+    student = new_student(2).double()
+    _, expected = one_big_batch(student, store)
+    few = logitstore.open(few_path)
+    trainer = Trainer(student, arguments(tmp_path, use_cache=True), train_dataset=few, eval_dataset=few)
+    distill(trainer, pack=True)
+    n_rows = [len(batch["input_ids"]) for batch in trainer.get_eval_dataloader()]
+    assert n_rows[0] < min(len(few), trainer.args.eval_batch_size)
+    batch = collate(list(few))
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    separate = DistillationLoss(few)(logits.detach(), batch)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(separate), rel=1e-6)
+    assert_same_gradient(changed_by(student, lambda _: trainer.train()), expected, 1e-10)
+
+
+def test_the_hook_and_the_loss_of_a_loop_take_other_divergences(store, few_path, new_student, tmp_path):
+    student, few = new_student(2).double(), logitstore.open(few_path)
+    batch = collate(list(few))
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.detach()
+    expected = distillation_loss_reference(
+        logits.flatten(0, 1), TeacherDecoder(few)(batch), next_token_labels(batch["labels"]), divergence="jsd",
+        jsd_beta=0.3,
+    )  # fmt: skip
+    loss_of = DistillationLoss(few, divergence="jsd", jsd_beta=0.3)
+    assert float(loss_of(logits, batch)) == pytest.approx(float(expected), rel=1e-12)
+    trainer = Trainer(student, arguments(tmp_path), train_dataset=few)
+    distill(trainer, divergence="jsd", jsd_beta=0.3)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(ValueError, match=r"from_hidden computes forward_kl alone, .*divergence='jsd'"):
+        loss_of.from_hidden(logits, logits, batch)
+    with pytest.raises(ValueError, match="divergence='tvd' is not defined for tail='dropped'"):
+        DistillationLoss(few, divergence="tvd", tail="dropped")
 
 
 def test_hf_hook_with_lora(store, few_path, new_student, tmp_path, slow_loss):

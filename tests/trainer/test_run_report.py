@@ -128,12 +128,14 @@ def made_up_metrics(n_logs):
 
 
 def test_a_long_run_is_drawn_in_few_points_that_are_means_and_says_so():
-    few, many = (run_sections(made_up_metrics(n), recipe="", environment=ENVIRONMENT) for n in (200, 1001))
+    metrics = [made_up_metrics(n) for n in (200, 1001)]
+    metrics[1]["history"] += [{"step": 500, "eval_loss": 1.0, "eval_kl": 0.5, "eval_ce": 2.0}]
+    few, many = (run_sections(each, recipe="", environment=ENVIRONMENT) for each in metrics)
     plots = [
         [part for section in sections for part in section.body if isinstance(part, Plot)] for sections in (few, many)
     ]
     assert {plot.caption for plot in plots[0]} == {""}
-    assert {plot.caption for plot in plots[1]} == {"Each point is the mean of 6 logs."}
+    assert {plot.caption for plot in plots[1]} == {'Each point of "training" is the mean of 6 logs.'}
     assert all(len(plot.svg) < 40_000 for plot in plots[1])
     assert len(render_html("t", many)) < 250_000
 

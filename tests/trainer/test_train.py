@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from interrupted_run import STUDENT, InterruptAt
@@ -204,6 +205,8 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
         ({"alpha": 1.5}, r"--alpha 1.5 must lie in \[0, 1\]"),
         ({"temperature": 0.0}, r"--temperature 0.0 must be above 0"),
         ({"steps": 0}, "--steps 0 must be above 0"),
+        ({"seed": -1}, r"--seed -1 must lie in \[0, 2\^32\)"),
+        ({"seed": 1 << 32}, "--seed 4294967296 must lie in"),
         ({"eval_fraction": 1.0}, r"--eval-fraction 1.0 must lie"),
         ({"eval_fraction": 0.1, "eval_data": "x"}, "exclude each other"),
         ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bfloat16, float32"),
@@ -390,3 +393,38 @@ def test_a_divergence_that_does_not_go_with_the_tail_is_refused(config, tmp_path
     with pytest.raises(ValueError, match=r"--jsd-beta 1.0 must lie in \(0, 1\)"):
         train(dataclasses.replace(config, jsd_beta=1.0))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_is_stopped_and_saves_nothing_of_it(config, tmp_path):
+    """The weights that such a run would save are NaN, and transformers' Trainer logs its loss as 0."""
+    with pytest.raises(ValueError, match=r"the loss up to step \d is nan: .*lower --lr \(its peak is 1e\+30\)"):
+        train(dataclasses.replace(config, lr=1e30, warmup=0, steps=8, save_every=8))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["recipe.yaml", "train_config.json"]
+
+
+def test_a_student_whose_weights_are_no_numbers_is_said_to_be_at_fault(config, new_student, tokenizer, tmp_path):
+    student = new_student(2)
+    with torch.no_grad():
+        student.model.norm.weight[0] = torch.nan
+    student.save_pretrained(str(tmp_path / "student"))
+    tokenizer.save_pretrained(str(tmp_path / "student"))
+    with pytest.raises(ValueError, match=r"the loss of the first step is nan, .*: check the student"):
+        train(dataclasses.replace(config, student=str(tmp_path / "student")))
+
+
+@pytest.mark.parametrize("n_samples", [0, 2])
+def test_data_in_which_nothing_is_to_be_learned_is_refused_before_anything_is_trained(
+    config, store, store_path, tmp_path, n_samples
+):
+    path = tmp_path / "nothing.parquet"
+    with logitstore.create(path, store.spec) as writer:
+        for sample in (store[i] for i in range(n_samples)):
+            nothing = np.zeros(len(sample.input_ids), dtype=bool)
+            writer.append(sample.sample_id, sample.input_ids, sample.targets, loss_mask=nothing)
+    problem = f"nothing to measure on, none of the tokens of {n_samples} samples is to be learned"
+    with pytest.raises(ValueError, match=problem):
+        train(dataclasses.replace(config, eval_data=str(path)))
+    with pytest.raises(ValueError, match="leaves no sample|nothing to train on, none of the tokens of 2 samples"):
+        train(dataclasses.replace(config, data=[str(path)]))
+    assert not (tmp_path / "out").exists()
+    train(dataclasses.replace(config, data=[str(path), str(store_path)], steps=1))  # some of it is enough

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from logitstore_kernels import distillation_loss, fused_linear_distillation_loss
+from logitstore_kernels.divergences import FORWARD_KL, check_divergence_of_tail
 from torch import Tensor
 
 from logitstore_trainer.collator import IGNORE_INDEX, next_token_labels
@@ -27,17 +28,28 @@ class DistillationLoss:
     """alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy of a batch made by `collate`.
 
     dataset: a LogitStore, or a Subset / ConcatDataset / list of stores of one teacher. temperature is T > 0, alpha in
-    [0, 1], tail as in `distillation_loss`, None for what suits the store. What decodes the teacher moves to the device
-    of a batch. `n_calls` counts the losses that were computed.
+    [0, 1], tail as in `distillation_loss`, None for what suits the store; divergence and jsd_beta as there, in the KL's
+    place. What decodes the teacher moves to the device of a batch. `n_calls` counts the losses that were computed.
 
-    Raises TypeError or ValueError for a dataset without a store and for a tail or temperature that it is not for,
-    SpecMismatchError for stores that differ.
+    Raises TypeError or ValueError for a dataset without a store and for a tail, temperature or divergence that it is
+    not for, SpecMismatchError for stores that differ.
     """
 
-    def __init__(self, dataset: Any, *, temperature: float = 2.0, alpha: float = 0.7, tail: str | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        temperature: float = 2.0,
+        alpha: float = 0.7,
+        tail: str | None = None,
+        divergence: str = FORWARD_KL,
+        jsd_beta: float = 0.5,
+    ) -> None:
         self.decoder = decoder_for_dataset(dataset)
         tail = fitting_tail(self.decoder, tail, temperature)
+        check_divergence_of_tail(divergence, tail)
         self.options = {"temperature": temperature, "alpha": alpha, "tail": tail, "ignore_index": IGNORE_INDEX}
+        self.divergence, self.jsd_beta = divergence, jsd_beta
         self.n_calls = 0
 
     def __call__(
@@ -52,8 +64,8 @@ class DistillationLoss:
         """
         labels_N = next_token_labels(batch["labels"])
         return distillation_loss(
-            logits_BLV.flatten(0, 1), self._teacher(batch), labels_N,
-            num_items_in_batch=_n_items(batch, num_items_in_batch), **self.options,
+            logits_BLV.flatten(0, 1), self._teacher(batch), labels_N, divergence=self.divergence,
+            jsd_beta=self.jsd_beta, num_items_in_batch=_n_items(batch, num_items_in_batch), **self.options,
         )  # fmt: skip
 
     def from_hidden(
@@ -66,7 +78,14 @@ class DistillationLoss:
         """The same from the last hidden states [B, L, D] and the lm_head's weight [V, D], without logits of all rows.
 
         Under DDP and FSDP2 it belongs into the forward() of the wrapped module, which synchronises what it sees.
+
+        Raises ValueError for a divergence other than forward_kl.
         """
+        if self.divergence != FORWARD_KL:
+            raise ValueError(
+                f"from_hidden computes {FORWARD_KL} alone, this loss has divergence={self.divergence!r}: call it with "
+                "the model's logits"
+            )
         labels_N = next_token_labels(batch["labels"])
         return fused_linear_distillation_loss(
             hidden_BLD.flatten(0, 1), weight_VD, self._teacher(batch), labels_N,

@@ -6,7 +6,7 @@ long run a point is the mean of several logs, so that the page stays small; the 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from logitstore_trainer.bench.environment import environment_rows
 from logitstore_trainer.report import Paragraph, Plot, Preformatted, Section, Series, Table, line_plot, write_report
@@ -98,25 +98,31 @@ def _meaning(config: dict[str, Any]) -> str:
 
 def _both(name: str, y_label: str, history: Sequence[dict[str, Any]]) -> Plot:
     """A curve of training, and of the held-out set where it was evaluated."""
-    training, n_mean = _curve("training", name, history)
-    held_out, _ = _curve("held out", f"eval_{name}", history)
-    return _plot([training, held_out] if held_out.x else [training], y_label, n_mean)
+    training, held_out = _curve("training", name, history), _curve("held out", f"eval_{name}", history)
+    return _plot([training, held_out] if held_out.series.x else [training], y_label)
 
 
 def _training_alone(name: str, y_label: str, history: Sequence[dict[str, Any]]) -> Plot:
-    curve, n_mean = _curve("training", name, history)
-    return _plot([curve], y_label, n_mean, y_from_zero=True)
+    return _plot([_curve("training", name, history)], y_label, y_from_zero=True)
 
 
-def _plot(curves: list[Series], y_label: str, n_mean: int, *, y_from_zero: bool = False) -> Plot:
-    caption = f"Each point is the mean of {n_mean} logs." if n_mean > 1 else ""
-    return Plot(line_plot(curves, x_label="optimizer step", y_label=y_label, y_from_zero=y_from_zero), caption)
+class _Curve(NamedTuple):
+    series: Series
+    logs_per_point: int
 
 
-def _curve(label: str, name: str, history: Sequence[dict[str, Any]]) -> tuple[Series, int]:
-    """The values of that name over steps, and of how many logs a point is the mean."""
+def _plot(curves: list[_Curve], y_label: str, *, y_from_zero: bool = False) -> Plot:
+    means = [f'Each point of "{series.name}" is the mean of {n} logs.' for series, n in curves if n > 1]
+    drawn = line_plot(
+        [curve.series for curve in curves], x_label="optimizer step", y_label=y_label, y_from_zero=y_from_zero
+    )
+    return Plot(drawn, " ".join(means))
+
+
+def _curve(label: str, name: str, history: Sequence[dict[str, Any]]) -> _Curve:
+    """The values of that name over steps; of many logs, means of as many as leave _MOST_POINTS points."""
     logged = [(entry["step"], entry[name]) for entry in history if entry.get(name) is not None]
     size = max(-(-len(logged) // _MOST_POINTS), 1)
     groups = [logged[start : start + size] for start in range(0, len(logged), size)]
     steps = [sum(step for step, _ in group) / len(group) for group in groups]
-    return Series(label, steps, [sum(value for _, value in group) / len(group) for group in groups]), size
+    return _Curve(Series(label, steps, [sum(value for _, value in group) / len(group) for group in groups]), size)

@@ -89,8 +89,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, An
     n_tokens, train_s, tokens_per_s and history are of the whole run, over checkpoints that it went on from; wall_s is
     of this call. recipe.yaml, run_report.html and README.md (the model card) lie beside them.
     `callbacks` are transformers TrainerCallbacks. A finished run is not repeated when resumed: its metrics are read.
-    Raises ValueError for settings that make no run, SpecMismatchError where student, stores or a run to resume do not
-    fit together, and KeyboardInterrupt, with half-written files removed, when interrupted.
+    Raises ValueError for settings that make no run, for data in which nothing is to be learned and for a loss that is
+    no longer a number, SpecMismatchError where student, stores or a run to resume do not fit together, and
+    KeyboardInterrupt, with half-written files removed, when interrupted.
     """
     check_config(config)
     from logitstore_trainer.training_run import run_training
@@ -115,6 +116,8 @@ def check_config(config: TrainConfig) -> None:
     for name in ("warmup", "save_every", "eval_every", "workers"):
         if getattr(config, name) < 0:
             refuse(name, "must not be negative")
+    if not 0 <= config.seed < 1 << 32:
+        refuse("seed", "must lie in [0, 2^32)")
     if not 0 <= config.alpha <= 1:
         refuse("alpha", "must lie in [0, 1]: 0 is labels only, 1 the teacher only")
     if not 0 <= config.eval_fraction < 1:

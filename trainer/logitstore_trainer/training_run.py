@@ -26,6 +26,7 @@ from logitstore_trainer import checkpoints
 from logitstore_trainer.bench.environment import environment
 from logitstore_trainer.decoder import decoder_for_dataset, fitting_tail
 from logitstore_trainer.evaluate import evaluate_student
+from logitstore_trainer.finite_loss import RequireFiniteLoss
 from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.model_card import CARD_NAME, model_card
@@ -125,7 +126,18 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, list[logitstore.LogitStor
         train_set = torch.utils.data.Subset(train_set, split.train)
     if len(train_set) == 0:
         raise ValueError(f"{' and '.join(config.data)} leaves no sample to train on")
+    _require_learned_tokens(train_set, f"{' and '.join(config.data)}: nothing to train on")
+    if eval_set is not None:
+        source = f"--eval-data {config.eval_data}" if config.eval_data else f"--eval-fraction {config.eval_fraction}"
+        _require_learned_tokens(eval_set, f"{source}: nothing to measure on")
     return train_set, eval_set, stores
+
+
+def _require_learned_tokens(dataset: Any, problem: str) -> None:
+    """Raises ValueError unless a token of the dataset is to be learned; reads samples up to the first such one."""
+    samples = (dataset[i] for i in range(len(dataset)))
+    if not any((sample.loss_mask[1:] & sample.targets.present).any() for sample in samples):
+        raise ValueError(f"{problem}, none of the tokens of {len(dataset)} samples is to be learned")
 
 
 def _step_shape(config: TrainConfig, out: Path) -> StepShape:
@@ -185,6 +197,7 @@ def _make_trainer(
         prediction_loss_only=True,
         logging_steps=config.log_every,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         disable_tqdm=True,
@@ -203,7 +216,7 @@ def _make_trainer(
         divergence=config.loss,
         pack=config.pack,
         jsd_beta=config.jsd_beta,
-        callbacks=[checkpoints.MarkComplete(), *callbacks],
+        callbacks=[RequireFiniteLoss(), checkpoints.MarkComplete(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ReportProgress(trainer))

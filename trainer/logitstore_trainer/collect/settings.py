@@ -34,7 +34,7 @@ examples:
   logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet \\
       --set head=log --set min_prob=0.01 --set tail=predicted
   logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet --codec varopt --set k=16
-  torchrun --standalone --nproc_per_node 8 -m logitstore_trainer collect \
+  torchrun --standalone --nproc_per_node 8 -m logitstore_trainer collect \\
       --teacher ./llama --dataset docs.jsonl --out logits.parquet --tables plan
   sbatch --array=0-15 --gpus=1 --wrap "logitstore collect --teacher ./llama --dataset docs.jsonl --out logits.parquet"
   logitstore collect --teacher model.Q4_1.gguf --dataset docs.parquet --out logits.parquet --max-tokens 1000000
