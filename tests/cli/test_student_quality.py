@@ -47,6 +47,16 @@ def test_a_share_is_the_way_from_labels_to_full_logits_by_seed(scripts) -> None:
     assert (quality.share_text([0.987]), quality.share_text([])) == ("98.7%", "-")
 
 
+def test_rows_of_other_lengths_do_not_count_and_a_cut_one_is_run_again(scripts, tmp_path: Path) -> None:
+    quality, _ = scripts
+    path = tmp_path / "rows.jsonl"
+    whole = json.dumps({"steps": quality.STEPS, "seed": 1}) + "\n"
+    path.write_text(json.dumps({"steps": quality.STEPS + 1}) + "\n" + whole + whole[:7])
+    assert quality.read_rows(path) == [{"steps": quality.STEPS, "seed": 1}]
+    assert path.read_text().endswith("}\n" + whole)
+    assert quality.read_rows(tmp_path / "none.jsonl") == []
+
+
 def test_every_sequence_comes_once_a_pass_and_seeds_differ(scripts) -> None:
     _, arms = scripts
     order = arms.batches(10, 2, 10, seed=1)
