@@ -22,7 +22,7 @@ from logitstore_trainer.plan.plan import Prepared, between_candidates, measured_
 from logitstore_trainer.plan.sample import SampleRows
 
 LEAST_ROWS = 2000  # fewer cannot tell a good tail from a bad one
-DECIDING_ROWS, QUICK_DECIDING_ROWS = 1020, 510
+DECIDING_ROWS, QUICK_DECIDING_ROWS, QUICK_SIZED_ROWS = 1020, 510, 4080
 QUICK_FITTED_ROWS, QUICK_ROWS_SEEN = 40_000, 200_000
 
 
@@ -74,7 +74,14 @@ def prepared(
     total = int((file.sample_lengths[list(samples)] - 1).sum())
     some = _SomeTexts(file, samples[:: max(1, total // QUICK_FITTED_ROWS)])
     settings = TailFitSettings(rows_seen=QUICK_ROWS_SEEN)
-    return prepare(some, choose_on=others, n_rows=QUICK_DECIDING_ROWS, settings=settings, cache=cache)
+    return prepare(
+        some,
+        choose_on=others,
+        n_rows=QUICK_DECIDING_ROWS,
+        n_sized_rows=QUICK_SIZED_ROWS,
+        settings=settings,
+        cache=cache,
+    )
 
 
 def planned_codecs(sample: Prepared, budgets: Sequence[float]) -> Iterator[Planned]:

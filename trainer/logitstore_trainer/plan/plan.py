@@ -120,11 +120,13 @@ def prepare(
     *,
     choose_on: Sequence[PlanSample] = (),
     n_rows: int,
+    n_sized_rows: int = SIZED_ROWS,
     settings: TailFitSettings | None = None,
     cache: FitCache | None = None,
 ) -> Prepared:
     """Reads the sample and fits the tail model to it. Codecs are measured on the samples of choose_on, as many rows of
-    each; where there are none on every fifth text, which is then not fitted on. Raises ValueError as make_plan does."""
+    each; where there are none on every fifth text, which is then not fitted on. n_rows: that KL is measured on;
+    n_sized_rows: that bytes are counted on. Raises ValueError as make_plan does."""
     if n_rows < 1:
         raise ValueError(f"--rows must be at least 1, got {n_rows}")
     if sample.vocab_size < LEAST_PREDICTED_VOCAB:
@@ -145,7 +147,7 @@ def prepare(
         fitting = TextsOf(sample, [i for i in range(n_texts) if i not in kinds[0]])
     counts = joined.row_counts
     measured, sized = (
-        [_spread_numbers(counts, kind, most // len(kinds)) for kind in kinds] for most in (n_rows, SIZED_ROWS)
+        [_spread_numbers(counts, kind, most // len(kinds)) for kind in kinds] for most in (n_rows, n_sized_rows)
     )
     rows, tail = fitted_tail(fitting, settings or TailFitSettings(), cache)
     measured_texts = TextsOf(joined, list(chain(*measured)))
