@@ -100,6 +100,10 @@ def test_sizes_and_fidelities_are_those_of_the_committed_rows() -> None:
     rivals = [row for row in results if row["codec"] not in ("topk", "varopt", "rskd")]
     for row in (*planned, *rivals):
         assert storage_line(row) in README
+    sampled = [row for row in results if row["codec"] in ("varopt", "rskd")]
+    assert len(sampled) == 3
+    for row in sampled:
+        assert f"{row['gradient_error_t1']:.4f} at {row['bytes_per_token']:.1f} bytes" in README
     heads = {
         _head(row): row for row in results if row["config"].get("tail") == "residual" and "tables" in row["config"]
     }
