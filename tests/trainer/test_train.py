@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,66 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(config, tmp_path):
     assert not half.exists()
     whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.fixture
+def stopped(config):
+    """The folder of a run that was stopped behind its second checkpoint."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAt(7)])
+    return Path(config.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("optimizer.pt", "is damaged .*as where it was cut"),
+        ("scheduler.pt", "is damaged"),
+        ("rng_state.pth", "is damaged"),
+        ("model.safetensors", "is damaged .*not fully covered"),
+        ("trainer_state.json", "is damaged .no JSON: "),
+    ],
+)
+def test_a_cut_checkpoint_is_named_and_the_one_before_goes_on(config, stopped, name, problem):
+    cut = stopped / "checkpoint-6" / name
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(logitstore.CorruptionError) as caught:
+        train(dataclasses.replace(config, resume=True))
+    assert re.match(f"{re.escape(str(cut))} {problem}", str(caught.value))
+    advice = f"delete the folder {cut.parent}, and --resume goes on from checkpoint-3"
+    assert str(caught.value).endswith(advice)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(cut.parent)
+    assert train(dataclasses.replace(config, resume=True))["steps"] == 8
+
+
+def test_a_checkpoint_with_other_bytes_or_without_a_file_is_named(config, stopped):
+    optimizer = stopped / "checkpoint-6" / "optimizer.pt"
+    whole = bytearray(optimizer.read_bytes())
+    middle = len(whole) // 2
+    optimizer.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(logitstore.CorruptionError, match=r"optimizer.pt is damaged \(the checksum of .* is wrong\)"):
+        train(dataclasses.replace(config, resume=True))
+    optimizer.write_bytes(whole)
+    (stopped / "checkpoint-6" / "scheduler.pt").unlink()
+    shutil.rmtree(stopped / "checkpoint-3")
+    with pytest.raises(logitstore.CorruptionError, match=r"scheduler.pt is missing.* --resume starts anew"):
+        train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b"[1]"])
+def test_a_cut_file_of_the_run_is_named(config, stopped, content):
+    metrics, settings = stopped / "train_metrics.json", stopped / "train_config.json"
+    metrics.write_bytes(content)
+    with pytest.raises(
+        logitstore.CorruptionError, match=f"{re.escape(str(metrics))} is damaged .*; delete it, and --resume"
+    ):
+        train(dataclasses.replace(config, resume=True))
+    settings.write_bytes(content)
+    with pytest.raises(
+        logitstore.CorruptionError, match=f"{re.escape(str(settings))} is damaged .*or choose another folder"
+    ):
+        train(dataclasses.replace(config, resume=True))
 
 
 class InterruptInsideSave(TrainerCallback):

@@ -65,6 +65,8 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     if finished is not None:
         print(f"{out} holds this run, finished: nothing to do", file=sys.stderr)
         return finished
+    if is_main:
+        checkpoints.check_last_checkpoint(out)
     student = build_student(config.student, stores[0], seed=config.seed)
     trainer = _make_trainer(config, shape, student, train_set, eval_set, callbacks)
     if is_main:
