@@ -278,6 +278,7 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
     other_tokenizer.save_pretrained(str(folder))
     with pytest.raises(logitstore.SpecMismatchError, match="is not the teacher's"):
         train(dataclasses.replace(config, student=str(folder)))
+    assert not Path(config.out).exists()
     assert train(dataclasses.replace(config, steps=1))["steps"] == 1  # the folder is still free
 
 
@@ -293,6 +294,10 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
         ({"eval_fraction": 0.1, "eval_data": "x"}, "exclude each other"),
         ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bfloat16, float32"),
         ({"data": "x.parquet"}, "must be a list"),
+        ({"data": ["x.parquet", ""]}, "data has an empty path"),
+        ({"student": ""}, "student is empty, expected a name or a path"),
+        ({"out": " "}, "out is empty"),
+        ({"eval_data": ""}, "eval_data is empty"),
         ({"save_every": -1}, "must not be negative"),
         ({"tail": "ghost"}, "--tail 'ghost' is not one of"),
     ],

@@ -124,6 +124,12 @@ def check_config(config: TrainConfig) -> None:
         refuse("eval_fraction", "must lie in [0, 1)")
     if config.eval_data and config.eval_fraction:
         raise SettingError("eval_fraction", "--eval-data and --eval-fraction exclude each other: give one")
+    for name in ("student", "out", "eval_data"):
+        value = getattr(config, name)
+        if value is not None and not str(value).strip():
+            raise SettingError(name, f"{name} is empty, expected a name or a path")
+    if not isinstance(config.data, str) and not all(str(path).strip() for path in config.data):
+        raise SettingError("data", "data has an empty path, expected paths of stores")
     if not config.data or isinstance(config.data, str):
         raise SettingError("data", f"data must be a list of at least one store, got {config.data!r}")
     if not 0 < config.jsd_beta < 1:

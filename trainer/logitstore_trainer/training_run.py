@@ -30,6 +30,7 @@ from logitstore_trainer.finite_loss import RequireFiniteLoss
 from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.model_card import CARD_NAME, model_card
+from logitstore_trainer.new_folder import removed_if_left_empty
 from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
 from logitstore_trainer.run_report import REPORT_NAME, write_run_report
 from logitstore_trainer.schedule import warmup_cosine
@@ -59,7 +60,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str
     """The metrics of the run that `config` asks for; see `logitstore_trainer.train.train`."""
     _check_device(config)
     reporters = _reporters(config.report_to)
-    with transformers_display_kept():
+    with transformers_display_kept(), removed_if_left_empty(Path(config.out)):
         return _run(config, [*reporters, *callbacks])
 
 
