@@ -8,6 +8,7 @@ import sys
 import pytest
 from logitstore_trainer import DistillationTrainer
 from logitstore_trainer.loss_hook import distill
+from logitstore_trainer.recipe import noted_samples_per_step
 from logitstore_trainer.step_shape import StepShape, shared_step
 from logitstore_trainer.train import TrainConfig, train
 from transformers import Trainer, TrainingArguments
@@ -119,6 +120,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     n_samples = batch_size * first
+    for name, n_processes in (("whole", 1), ("elastic", second)):
+        recipe = tmp_path / name / "recipe.yaml"
+        assert f"# here steps of {n_samples} samples on {n_processes} process" in recipe.read_text()
+        assert noted_samples_per_step(recipe) == n_samples
     assert f"takes steps of {n_samples} samples: {second} processes share them" in done.stderr
 
     whole = _samples_of_steps(tmp_path, "whole.whole", store)

@@ -6,6 +6,7 @@ PyTorch and transformers are imported when the run starts, not here, so that `--
 import argparse
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -207,9 +208,28 @@ def run(args: argparse.Namespace) -> int:
     """Runs `logitstore train` and prints what came out; returns the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     config = config_of_arguments(args)
+    if args.recipe is not None and not config.resume:
+        _say_other_step(args.recipe, config)
     metrics = train(config)
     print(summary(metrics, config.out))
     return 0
+
+
+def _say_other_step(recipe: Path, config: TrainConfig) -> None:
+    """One line where the run that left this recipe took steps of another size, as on another number of processes."""
+    from logitstore_trainer.recipe import noted_samples_per_step
+    from logitstore_trainer.training_run import asked_step
+
+    before, step = noted_samples_per_step(recipe), asked_step(config)
+    if before in (None, step.n_samples) or int(os.environ.get("RANK", "0")) != 0:
+        return
+    grad_accum, left_over = divmod(before, step.batch_size * step.n_processes)
+    advice = "" if left_over else f"; --grad-accum {grad_accum} makes it {before} again"
+    print(
+        f"{recipe} is of a run in steps of {before} samples; this one takes {step.n_samples} (batch size "
+        f"{step.batch_size} * accumulation {step.grad_accum} * processes {step.n_processes}){advice}",
+        file=sys.stderr,
+    )
 
 
 def config_of_arguments(args: argparse.Namespace) -> TrainConfig:

@@ -31,7 +31,7 @@ from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.model_card import CARD_NAME, model_card
 from logitstore_trainer.new_folder import removed_if_left_empty
-from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
+from logitstore_trainer.recipe import RECIPE_NAME, recipe_text, step_note
 from logitstore_trainer.run_report import REPORT_NAME, write_run_report
 from logitstore_trainer.schedule import warmup_cosine
 from logitstore_trainer.step_shape import StepShape, shared_step
@@ -84,7 +84,7 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     trainer = _make_trainer(config, shape, student, train_set, eval_set, callbacks)
     if is_main:
         checkpoints.start_folder(out, identity)
-        checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer)))
+        checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer, shape)))
     try:
         with checkpoints.write_errors_named(out):
             metrics = _train(config, student, trainer, eval_set, out)
@@ -155,12 +155,17 @@ def _require_learned_tokens(dataset: Any, problem: str) -> None:
         raise ValueError(f"{problem}, none of the tokens of {len(dataset)} samples is to be learned")
 
 
+def asked_step(config: TrainConfig) -> StepShape:
+    """The step of a new run with these settings, started like this process."""
+    return StepShape(config.batch_size, config.grad_accum, _n_processes(config))
+
+
 def _step_shape(config: TrainConfig, out: Path) -> StepShape:
     """How the processes of this run share a step: as `config` says, or where a run goes on, the same samples a step.
 
     Raises ValueError where that many processes cannot share them.
     """
-    asked = StepShape(config.batch_size, config.grad_accum, _n_processes(config))
+    asked = asked_step(config)
     begun = checkpoints.recorded_samples_per_step(out) if config.resume else None
     if begun is None or begun == asked.n_samples:
         return asked
@@ -267,8 +272,8 @@ def _metrics(
     return {**metrics, "config": {**asdict(config), "data": list(config.data)}, "history": history}
 
 
-def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer) -> dict[str, str]:
-    """What the settings that were left to the trainer came to, by name."""
+def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer, shape: StepShape) -> dict[str, str]:
+    """What the settings that were left to the trainer came to, by name, and how large the steps are."""
     chosen = {"tail": trainer.tail} if config.tail is None else {}
     if config.lr is None:
         chosen["lr"] = f"{trainer.args.learning_rate:g}"
@@ -276,7 +281,8 @@ def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer) -> dict[
         chosen["dtype"] = "bfloat16" if trainer.args.bf16 else "float32"
     if config.device == "auto":
         chosen["device"] = trainer.args.device.type
-    return {name: f"here {value}" for name, value in chosen.items()}
+    notes = {name: f"here {value}" for name, value in chosen.items()}
+    return {**notes, "batch_size": step_note(shape.n_samples, shape.n_processes)}
 
 
 def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore) -> dict[str, Any]:
