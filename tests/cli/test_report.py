@@ -1,5 +1,6 @@
 """The report page: complete in itself, well formed, escaped, legible; and the plain-text tables."""
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -185,8 +186,10 @@ def test_series_of_unequal_lengths_are_refused():
 
 def test_cells_are_written_as_people_read_them():
     values = [None, 0, 1234567, 0.0123456, 98304.4, 1e-9, "text", True, 0.0]
+    values += [5.0, 5.0001, 4.99996, 999.96, 0.5, math.inf]
     assert [cell_text(value) for value in values] == [
-        "-", "0", "1,234,567", "0.01235", "98,304", "1e-09", "text", "True", "0",
+        "-", "0", "1,234,567", "0.01235", "98,304", "1e-09", "text", "True", "0", "5", "5.000", "5.000",
+        "1000", "0.5", "inf",
     ]  # fmt: skip
 
 

@@ -17,6 +17,19 @@ UNDEFINED = [(name, tail) for name, tails in TAILS_OF_DIVERGENCE.items() for tai
              if tail not in tails]  # fmt: skip
 
 
+@pytest.mark.parametrize(("divergence", "tail"), [*DEFINED, ("forward_kl", "bucket"), ("forward_kl", "dense")])
+def test_nothing_is_read_by_the_host_but_on_a_cpu(case_factory, divergence, tail):
+    """A meta tensor has no value that could be read: .item(), .any() in an if, nonzero() and the like raise."""
+    case = case_factory(40, 50, 5).with_ignored(3)
+    teacher = case.teacher.with_dense_tail(torch.randn(40, 2), torch.randn(50, 2), torch.randn(50)).to("meta")
+    logits = torch.empty(40, 50, device="meta", requires_grad=True)
+    parts = distillation_loss_parts(logits, teacher, case.labels_N.to("meta"), tail=tail, divergence=divergence)
+    parts.loss.backward()
+    assert logits.grad.shape == logits.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(parts.loss > 0)
+
+
 def teacher_over_the_vocabulary(case, row, temperature, tail):
     """p [V] in float64, or over entries and one tail [K + 1] for "bucket"; and the ids of the entries."""
     teacher, beta = case.teacher, 1 / temperature

@@ -139,7 +139,18 @@ def test_the_model_is_left_in_its_mode(model, word_tokenizer, questions_path):
         "tiny", model, word_tokenizer, read_questions(questions_path, 1), vocab_size=N_WORDS, max_new_tokens=2
     )
     assert model.training
+    hook = model.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        answer_questions(
+            "tiny", model, word_tokenizer, read_questions(questions_path, 1), vocab_size=N_WORDS, max_new_tokens=2
+        )
+    hook.remove()
+    assert model.training
     model.eval()
+
+
+def _interrupt(module, args):
+    raise KeyboardInterrupt
 
 
 def test_a_conversation_goes_through_the_chat_template_and_ends_with_its_turn(new_student, word_tokenizer, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from logitstore_trainer import DistillationTrainer
 from logitstore_trainer.loss_hook import distill
+from logitstore_trainer.recipe import noted_samples_per_step
 from logitstore_trainer.step_shape import StepShape, shared_step
 from logitstore_trainer.train import TrainConfig, train
 from transformers import Trainer, TrainingArguments
@@ -74,6 +75,38 @@ assert run(dataclasses.replace(config, resume=True), second, "second") == [0] * 
 """
 
 
+LATE_RANK = """
+import os, socket, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from logitstore_trainer.checkpoints import MarkComplete, last_complete_checkpoint
+
+out = Path(sys.argv[1])
+folder = out / "checkpoint-3"
+folder.mkdir()
+is_first = os.fork() != 0
+torch.distributed.init_process_group("gloo", f"file://{out}/meet", rank=0 if is_first else 1, world_size=2)
+args, state = SimpleNamespace(output_dir=out), SimpleNamespace(is_world_process_zero=is_first, global_step=3)
+if not is_first:
+    time.sleep(0.5)
+    assert last_complete_checkpoint(out) is None
+    (folder / "rng_state_1.pth").touch()
+MarkComplete().on_save(args, state, None)
+if is_first:
+    assert (folder / "rng_state_1.pth").exists()
+    assert last_complete_checkpoint(out) == folder
+    raise SystemExit(os.waitpid(-1, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_checkpoint_is_complete_once_every_process_has_written_its_part(tmp_path):
+    command = [sys.executable, "-c", LATE_RANK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("batch_size", "first", "second", "stop_at"), [(2, 2, 1, 3), (2, 1, 2, 5), (3, 2, 1, 3)])
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -87,6 +120,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     n_samples = batch_size * first
+    for name, n_processes in (("whole", 1), ("elastic", second)):
+        recipe = tmp_path / name / "recipe.yaml"
+        assert f"# here steps of {n_samples} samples on {n_processes} process" in recipe.read_text()
+        assert noted_samples_per_step(recipe) == n_samples
     assert f"takes steps of {n_samples} samples: {second} processes share them" in done.stderr
 
     whole = _samples_of_steps(tmp_path, "whole.whole", store)

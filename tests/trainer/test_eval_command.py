@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from logitstore_trainer.calibration import calibration_bins, calibration_error, calibration_sums
-from logitstore_trainer.cli import main
+from logitstore_trainer.cli import COMMANDS, main
 from logitstore_trainer.held_out import split_by_source_row
 
 
@@ -105,5 +105,22 @@ def test_students_without_weights_or_named_twice_are_refused(students, store_pat
     tail = ["--data", str(store_path), "--out", str(tmp_path / "eval")]
     assert main(["eval", "llama:layers=2,width=32,heads=2", *tail]) == 2
     assert "has random weights; name a model folder" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
     assert main(["eval", str(students[0]), str(students[0]), *tail]) == 2
     assert "is named twice" in capsys.readouterr().err
+    other_name = f"{students[0].parent}/../{students[0].parent.name}/{students[0].name}"
+    assert main(["eval", str(students[0]), other_name, *tail]) == 2
+    assert f"{other_name} is named twice, also as {students[0]}; name each once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_empty_arguments_are_one_line_in_every_command(command, capsys):
+    for words, message in (
+        (["--out", ""], "there is an empty argument behind --out; name something, or leave it out"),
+        (["--out="], "--out has an empty value; name something, or leave the option out"),
+        ([" "], f"there is an empty argument behind {command}"),
+    ):
+        assert main([command, *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -104,6 +104,19 @@ def test_the_models_mode_is_left_as_it_was(store, new_student):
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
+def test_the_models_mode_is_left_as_it_was_where_evaluating_fails(store, new_student):
+    student, teacher = new_student(2).train(), new_student(3).eval()
+    teacher.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_student(student, store, teacher_model=teacher)
+    assert student.training
+    assert not teacher.training
+
+
+def _interrupt(module, args):
+    raise KeyboardInterrupt
+
+
 def test_a_zero_of_the_teacher_adds_nothing():
     teacher = torch.tensor([[0.0, -torch.inf, 0.0]], dtype=torch.float64)
     student = torch.tensor([[1.0, 2.0, 1.0]], dtype=torch.float64)

@@ -93,6 +93,28 @@ def test_the_recipe_that_a_run_leaves_gives_the_same_losses(recipe, store_path, 
     assert "lr: 0.01\n" in left
 
 
+def test_steps_of_another_size_than_the_recipe_had_are_said(recipe, store_path, tmp_path, capsys):
+    text = RECIPE.replace("store.parquet", str(store_path)) + "device: cpu\nsteps: 1\n"
+    assert main(["train", str(recipe(text)), "--out", str(tmp_path / "first")]) == 0
+    left = tmp_path / "first" / "recipe.yaml"
+    of_one, of_two = (
+        "batch_size: 4  # here steps of 4 samples on 1 process\n",
+        "here steps of 8 samples on 2 processes\n",
+    )
+    assert of_one in left.read_text()
+    assert main(["train", str(left), "--out", str(tmp_path / "second")]) == 0
+    assert "is of a run in steps" not in capsys.readouterr().err
+    left.write_text(left.read_text().replace(of_one, f"batch_size: 4  # {of_two}"))
+    assert main(["train", str(left), "--out", str(tmp_path / "third")]) == 0
+    assert (
+        f"{left} is of a run in steps of 8 samples; this one takes 4 (batch size 4 * accumulation 1 * processes 1); "
+        "--grad-accum 2 makes it 8 again\n"
+    ) in capsys.readouterr().err
+    assert main(["train", str(left), "--out", str(tmp_path / "fourth"), "--grad-accum", "2"]) == 0
+    assert main(["train", str(left), "--out", str(tmp_path / "third"), "--resume"]) == 0
+    assert "is of a run in steps" not in capsys.readouterr().err
+
+
 def test_a_run_goes_on_from_its_own_recipe(recipe, store_path, tmp_path, capsys):
     text = RECIPE.replace("store.parquet", str(store_path)) + "device: cpu\nsteps: 1\n"
     assert main(["train", str(recipe(text)), "--out", str(tmp_path / "out")]) == 0

@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from logitstore_trainer import TeacherDecoder, checkpoints, collate
 from logitstore_trainer.collator import next_token_labels
 from logitstore_trainer.collect.teacher import choose_dtype
 from logitstore_trainer.evaluate import evaluate_student
+from logitstore_trainer.schedule import share_of_peak
 from logitstore_trainer.student import build_student
 from logitstore_trainer.train import TrainConfig, add_arguments, config_of_arguments, run, train
 from safetensors.torch import load_file
@@ -105,6 +108,85 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(config, tmp_path):
     assert not half.exists()
     whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.fixture
+def stopped(config):
+    """The folder of a run that was stopped behind its second checkpoint."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAt(7)])
+    return Path(config.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("optimizer.pt", "is damaged .*as where it was cut"),
+        ("scheduler.pt", "is damaged"),
+        ("rng_state.pth", "is damaged"),
+        ("model.safetensors", "is damaged .*not fully covered"),
+        ("trainer_state.json", "is damaged .no JSON: "),
+    ],
+)
+def test_a_cut_checkpoint_is_named_and_the_one_before_goes_on(config, stopped, name, problem):
+    cut = stopped / "checkpoint-6" / name
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(logitstore.CorruptionError) as caught:
+        train(dataclasses.replace(config, resume=True))
+    assert re.match(f"{re.escape(str(cut))} {problem}", str(caught.value))
+    advice = f"delete the folder {cut.parent}, and --resume goes on from checkpoint-3"
+    assert str(caught.value).endswith(advice)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(cut.parent)
+    assert train(dataclasses.replace(config, resume=True))["steps"] == 8
+
+
+def test_a_checkpoint_with_other_bytes_or_without_a_file_is_named(config, stopped):
+    optimizer = stopped / "checkpoint-6" / "optimizer.pt"
+    whole = bytearray(optimizer.read_bytes())
+    middle = len(whole) // 2
+    optimizer.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(logitstore.CorruptionError, match=r"optimizer.pt is damaged \(the checksum of .* is wrong\)"):
+        train(dataclasses.replace(config, resume=True))
+    optimizer.write_bytes(whole)
+    (stopped / "checkpoint-6" / "scheduler.pt").unlink()
+    shutil.rmtree(stopped / "checkpoint-3")
+    with pytest.raises(logitstore.CorruptionError, match=r"scheduler.pt is missing.* --resume starts anew"):
+        train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b"[1]"])
+def test_a_cut_file_of_the_run_is_named(config, stopped, content):
+    metrics, settings = stopped / "train_metrics.json", stopped / "train_config.json"
+    metrics.write_bytes(content)
+    with pytest.raises(
+        logitstore.CorruptionError, match=f"{re.escape(str(metrics))} is damaged .*; delete it, and --resume"
+    ):
+        train(dataclasses.replace(config, resume=True))
+    settings.write_bytes(content)
+    with pytest.raises(
+        logitstore.CorruptionError, match=f"{re.escape(str(settings))} is damaged .*or choose another folder"
+    ):
+        train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("warmup", [0.05, 1.0, 0.0])
+def test_a_run_of_one_step_trains(config, store, warmup):
+    train(dataclasses.replace(config, steps=1, warmup=warmup))
+    before = build_student(STUDENT, store, seed=config.seed).model.state_dict()
+    changed = [name for name, value in weights(Path(config.out)).items() if not value.equal(before[name])]
+    assert len(changed) == len(weights(Path(config.out)))
+
+
+def test_every_step_of_a_schedule_trains_up_to_the_peak_and_down_to_zero():
+    for n_warmup, n_steps in ((0, 1), (1, 1), (3, 3), (5, 40), (1, 20), (9, 4)):
+        shares = [share_of_peak(step, n_warmup, n_steps) for step in range(n_steps)]
+        assert 0 < min(shares) <= max(shares) <= 1
+        rising = shares[: n_warmup + 1]
+        assert rising == pytest.approx([(i + 1) / (n_warmup + 1) for i in range(len(rising))])
+        assert all(a > b for a, b in itertools.pairwise(shares[n_warmup:]))
+    assert share_of_peak(30, 10, 50) == pytest.approx(0.5)
+    assert share_of_peak(50, 10, 50) == pytest.approx(0, abs=1e-12)
 
 
 class InterruptInsideSave(TrainerCallback):
@@ -196,6 +278,7 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
     other_tokenizer.save_pretrained(str(folder))
     with pytest.raises(logitstore.SpecMismatchError, match="is not the teacher's"):
         train(dataclasses.replace(config, student=str(folder)))
+    assert not Path(config.out).exists()
     assert train(dataclasses.replace(config, steps=1))["steps"] == 1  # the folder is still free
 
 
@@ -211,6 +294,10 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
         ({"eval_fraction": 0.1, "eval_data": "x"}, "exclude each other"),
         ({"dtype": "fp8"}, "--dtype 'fp8' is not one of auto, bfloat16, float32"),
         ({"data": "x.parquet"}, "must be a list"),
+        ({"data": ["x.parquet", ""]}, "data has an empty path"),
+        ({"student": ""}, "student is empty, expected a name or a path"),
+        ({"out": " "}, "out is empty"),
+        ({"eval_data": ""}, "eval_data is empty"),
         ({"save_every": -1}, "must not be negative"),
         ({"tail": "ghost"}, "--tail 'ghost' is not one of"),
     ],

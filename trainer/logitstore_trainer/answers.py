@@ -16,6 +16,7 @@ from logitstore_trainer.collect.generate import decoded_batch, end_of_text_ids
 from logitstore_trainer.collect.prompts import read_dataset
 from logitstore_trainer.collect.rows import Row
 from logitstore_trainer.collect.tokenise import Tokeniser
+from logitstore_trainer.evaluate import in_eval_mode
 from logitstore_trainer.final_number import Interval, final_number, marked_number, wilson_interval
 from logitstore_trainer.progress import Progress
 
@@ -104,15 +105,14 @@ def answer_questions(
     """The answers of a causal language model called `name`, in the order of the questions.
 
     vocab_size: tokens of the tokenizer; columns of the head from there on are never chosen. The model is left in the
-    mode (train or eval) in which it was found. Raises ValueError in one line for a model without an end-of-text token
-    or a chat template that conversations need, and for a prompt that leaves no room for max_new_tokens.
+    mode (train or eval) in which it was found, also where this raises. Raises ValueError in one line for a model
+    without an end-of-text token or a chat template that conversations need, and for a prompt that leaves no room for
+    max_new_tokens.
     """
     prompts, stop_ids = _tokenised(name, model, tokenizer, questions, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
-    was_training = model.training
-    model.eval()
-    with Progress(total=len(prompts), desc=f"answers of {name}", unit="answers") as shown:
+    with in_eval_mode(model), Progress(total=len(prompts), desc=f"answers of {name}", unit="answers") as shown:
         for start in range(0, len(prompts), batch_size):
             batch = by_length[start : start + batch_size]
             written = decoded_batch(
@@ -122,7 +122,6 @@ def answer_questions(
             for i, ids in zip(batch, written, strict=True):
                 answers[i] = _answer(tokenizer, questions, i, ids, stop_ids)
             shown.update(len(batch))
-    model.train(was_training)
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -74,6 +74,7 @@ def one_line_errors(run: Callable[[], int]) -> int:
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
+    _refuse_empty_arguments(argv)
     parser = argparse.ArgumentParser(
         prog="logitstore",
         description="Store a teacher's next-token distributions in tens of bytes a token, and distil from them.",
@@ -94,6 +95,18 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser.parse_args(argv)
+
+
+def _refuse_empty_arguments(argv: list[str]) -> None:
+    """Raises ValueError for an empty argument, as an unset variable of a shell leaves it: "" names nothing, and as a
+    path it would be the current folder."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        option, equals, value = word.partition("=")
+        if equals and option.startswith("--") and not value.strip():
+            raise ValueError(f"{option} has an empty value; name something, or leave the option out")
+        if not word.strip():
+            where = f"behind {before}" if before else "in the first place"
+            raise ValueError(f"there is an empty argument {where}; name something, or leave it out")
 
 
 def _one_line(error: Exception) -> str:

@@ -8,9 +8,11 @@ the students, and the teacher where it is given, answer questions whose right nu
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from logitstore_trainer.eval_page import answers_table, page_sections, result_table
+from logitstore_trainer.new_folder import removed_if_left_empty
 from logitstore_trainer.report import format_table
 from logitstore_trainer.report import write_report as write_page
 
@@ -64,14 +66,12 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature} must be above 0 and finite")
     _check_answer_options(args)
-    twice = next((name for name in args.students if args.students.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"student {twice} is named twice; name each once")
+    _require_different_students(args.students)
     from logitstore_trainer.bench.environment import environment, output_folder, write_json
     from logitstore_trainer.transformers_display import transformers_display_kept
 
-    out = output_folder(args.out)
-    with transformers_display_kept():
+    with removed_if_left_empty(Path(args.out)), transformers_display_kept():
+        out = output_folder(args.out)
         evaluated = evaluate_students(args)
     answers = [{"model": name, **answer} for name, each in evaluated.answers.items() for answer in each]
     results = {
@@ -91,6 +91,18 @@ def run(args: argparse.Namespace) -> int:
     also = ", answers.jsonl" if args.answers is not None else ""
     print(f"\nresults.json{also} and report.html: {out}")
     return 0
+
+
+def _require_different_students(names: list[str]) -> None:
+    """Raises ValueError where two names are of one student: written alike, or of one folder."""
+    before: dict[str, str] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        key = str(path.resolve()) if path.exists() else name
+        if key in before:
+            also = "" if before[key] == name else f", also as {before[key]}"
+            raise ValueError(f"student {name} is named twice{also}; name each once")
+        before[key] = name
 
 
 def _check_answer_options(args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ Letters: B batch, L length, N rows, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,19 @@ class Evaluation:
         return asdict(self)
 
 
+@contextmanager
+def in_eval_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Puts the models into eval mode, and back into the mode of each when the block is left, by an error too."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
 @torch.no_grad()
 def evaluate_student(
     model: torch.nn.Module,
@@ -67,19 +81,16 @@ def evaluate_student(
 ) -> Evaluation:
     """Evaluates a causal LM on samples of a store: a LogitStore, a Subset of one, or a list of samples.
 
-    It runs on the model's device and leaves both models in the mode (train or eval) in which it found them. A list
-    needs the decoder; otherwise it is built from the dataset. tail None: what suits the store. Raises ValueError if
-    nothing is to be learned in it, and for a tail or temperature that the store is not for.
+    It runs on the model's device and leaves both models in the mode (train or eval) in which it found them, also where
+    it raises. A list needs the decoder; otherwise it is built from the dataset. tail None: what suits the store. Raises
+    ValueError if nothing is to be learned in it, and for a tail or temperature that the store is not for.
     """
     decoder = decoder_for_dataset(dataset) if decoder is None else decoder
     tail = fitting_tail(decoder, tail, temperature)
     device = next(model.parameters()).device
     models = [model] if teacher_model is None else [model, teacher_model]
-    modes = [each.training for each in models]
-    for each in models:
-        each.eval()
     sums, calibration = torch.zeros(5, dtype=torch.float64), torch.zeros(3, N_BINS, dtype=torch.float64)
-    with Progress(total=len(dataset), desc="evaluate", unit="samples") as display:
+    with in_eval_mode(*models), Progress(total=len(dataset), desc="evaluate", unit="samples") as display:
         for start in range(0, len(dataset), batch_size):
             samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
@@ -87,8 +98,6 @@ def evaluate_student(
             sums += batch_sums
             calibration += batch_calibration
             display.update(len(samples))
-    for each, mode in zip(models, modes, strict=True):
-        each.train(mode)
     n_tokens = int(sums[0])
     if n_tokens == 0:
         raise ValueError(f"nothing to evaluate: none of the tokens of {len(dataset)} samples is to be learned")

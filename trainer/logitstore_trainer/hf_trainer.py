@@ -5,7 +5,8 @@ ranks, so gradient accumulation gives the gradient of one big batch. Trainer cou
 `collate` sets to -100 every label whose teacher row is absent, so both sides count the same. The model is called
 without labels: its own loss would cost a second softmax and be thrown away.
 
-Training adds no host synchronisation to Trainer's own: the parts of the loss stay on the device until they are logged.
+On an accelerator training adds no host synchronisation to Trainer's own, whatever the divergence: the parts of the loss
+stay on the device until they are logged. On a CPU, where reading waits for nothing, labels and rows are checked.
 """
 
 import inspect

@@ -46,6 +46,7 @@ _OTHER_NAMES = {  # what other trainers call it
 _SCALAR_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
 _WORDS_FOR_NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
+_STEP_NOTE = re.compile(r"^batch_size:.*# here steps of ([0-9]{1,12}) samples on [0-9]+ process", re.MULTILINE)
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
 
@@ -125,6 +126,18 @@ def recipe_text(config: TrainConfig, notes: Mapping[str, str]) -> str:
         text = yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()
         lines.append(f"{name}: {text[1:-1]}" + (f"  # {notes[name]}" if name in notes else ""))
     return "\n".join(lines) + "\n"
+
+
+def step_note(n_samples: int, n_processes: int) -> str:
+    """The comment that a run puts behind its batch size, which is of one process and does not say of how many."""
+    return f"here steps of {n_samples} samples on {n_processes} process{'' if n_processes == 1 else 'es'}"
+
+
+def noted_samples_per_step(path: str | Path) -> int | None:
+    """Samples of an optimizer step of the run that left this recipe, by its step_note; None where it has none."""
+    with Path(path).open("rb") as file:
+        found = _STEP_NOTE.search(file.read(_MAX_BYTES).decode("utf-8", errors="replace"))
+    return int(found[1]) if found else None
 
 
 def _read_override(override: str) -> tuple[str, Setting]:

@@ -6,6 +6,7 @@ so the page fits a phone. All text is escaped; only the SVG of a Plot is inserte
 """
 
 import html
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -88,14 +89,20 @@ class Section:
 
 
 def cell_text(value: Any) -> str:
-    """The text of a table cell: "-" for None, thousands separated, four significant digits for a float."""
+    """The text of a table cell: "-" for None, thousands separated, four significant digits for a float.
+
+    Zeros at the end are left out where the value is exactly that: 5.0 is "5", 5.0001 is "5.000".
+    """
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    if 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
+    short = f"{value:.4g}"
+    return short if float(short) == value or not math.isfinite(value) else f"{value:#.4g}".rstrip(".")
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

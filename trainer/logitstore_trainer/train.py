@@ -6,6 +6,7 @@ PyTorch and transformers are imported when the run starts, not here, so that `--
 import argparse
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,11 +38,11 @@ class TrainConfig:
 
     student: see `build_student`. data: one store or several of one teacher. eval_data, or eval_fraction in (0, 1) of
     the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
-    lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
-    cosine to zero. A step takes batch_size * grad_accum samples per process; a run that is resumed keeps the samples of
-    its steps, whatever the number of processes. pack: several samples in a row where they fit. dtype: bf16 and fp32
-    stand for the long names. loss: the divergence of `distillation_loss`. save_every, eval_every: steps between, 0 for
-    only at the end.
+    lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps,
+    rounded up; it starts above 0, and cosine to zero follows (schedule.py). A step takes batch_size * grad_accum
+    samples per process; a run that is resumed keeps the samples of its steps, whatever the number of processes. pack:
+    several samples in a row where they fit. dtype: bf16 and fp32 stand for the long names. loss: the divergence of
+    `distillation_loss`. save_every, eval_every: steps between, 0 for only at the end.
     """
 
     student: str
@@ -124,6 +125,12 @@ def check_config(config: TrainConfig) -> None:
         refuse("eval_fraction", "must lie in [0, 1)")
     if config.eval_data and config.eval_fraction:
         raise SettingError("eval_fraction", "--eval-data and --eval-fraction exclude each other: give one")
+    for name in ("student", "out", "eval_data"):
+        value = getattr(config, name)
+        if value is not None and not str(value).strip():
+            raise SettingError(name, f"{name} is empty, expected a name or a path")
+    if not isinstance(config.data, str) and not all(str(path).strip() for path in config.data):
+        raise SettingError("data", "data has an empty path, expected paths of stores")
     if not config.data or isinstance(config.data, str):
         raise SettingError("data", f"data must be a list of at least one store, got {config.data!r}")
     if not 0 < config.jsd_beta < 1:
@@ -201,9 +208,28 @@ def run(args: argparse.Namespace) -> int:
     """Runs `logitstore train` and prints what came out; returns the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     config = config_of_arguments(args)
+    if args.recipe is not None and not config.resume:
+        _say_other_step(args.recipe, config)
     metrics = train(config)
     print(summary(metrics, config.out))
     return 0
+
+
+def _say_other_step(recipe: Path, config: TrainConfig) -> None:
+    """One line where the run that left this recipe took steps of another size, as on another number of processes."""
+    from logitstore_trainer.recipe import noted_samples_per_step
+    from logitstore_trainer.training_run import asked_step
+
+    before, step = noted_samples_per_step(recipe), asked_step(config)
+    if before in (None, step.n_samples) or int(os.environ.get("RANK", "0")) != 0:
+        return
+    grad_accum, left_over = divmod(before, step.batch_size * step.n_processes)
+    advice = "" if left_over else f"; --grad-accum {grad_accum} makes it {before} again"
+    print(
+        f"{recipe} is of a run in steps of {before} samples; this one takes {step.n_samples} (batch size "
+        f"{step.batch_size} * accumulation {step.grad_accum} * processes {step.n_processes}){advice}",
+        file=sys.stderr,
+    )
 
 
 def config_of_arguments(args: argparse.Namespace) -> TrainConfig:

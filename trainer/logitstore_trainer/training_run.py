@@ -30,8 +30,10 @@ from logitstore_trainer.finite_loss import RequireFiniteLoss
 from logitstore_trainer.held_out import split_by_source_row
 from logitstore_trainer.hf_trainer import DistillationTrainer
 from logitstore_trainer.model_card import CARD_NAME, model_card
-from logitstore_trainer.recipe import RECIPE_NAME, recipe_text
+from logitstore_trainer.new_folder import removed_if_left_empty
+from logitstore_trainer.recipe import RECIPE_NAME, recipe_text, step_note
 from logitstore_trainer.run_report import REPORT_NAME, write_run_report
+from logitstore_trainer.schedule import warmup_cosine
 from logitstore_trainer.step_shape import StepShape, shared_step
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
@@ -43,11 +45,22 @@ _FREE_SETTINGS = ("out", "resume", "device", "save_every", "eval_every", "log_ev
 _FROM_SCRATCH_LR, _LOADED_LR = 1e-3, 5e-5
 
 
+class _BundledTrainer(DistillationTrainer):
+    """DistillationTrainer with the schedule of schedule.py."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            n_warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = warmup_cosine(optimizer or self.optimizer, n_warmup, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
 def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """The metrics of the run that `config` asks for; see `logitstore_trainer.train.train`."""
     _check_device(config)
     reporters = _reporters(config.report_to)
-    with transformers_display_kept():
+    with transformers_display_kept(), removed_if_left_empty(Path(config.out)):
         return _run(config, [*reporters, *callbacks])
 
 
@@ -65,11 +78,13 @@ def _run(config: TrainConfig, callbacks: Sequence[Any]) -> dict[str, Any]:
     if finished is not None:
         print(f"{out} holds this run, finished: nothing to do", file=sys.stderr)
         return finished
+    if is_main:
+        checkpoints.check_last_checkpoint(out)
     student = build_student(config.student, stores[0], seed=config.seed)
     trainer = _make_trainer(config, shape, student, train_set, eval_set, callbacks)
     if is_main:
         checkpoints.start_folder(out, identity)
-        checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer)))
+        checkpoints.write_text(out / RECIPE_NAME, recipe_text(config, _what_was_chosen(config, trainer, shape)))
     try:
         with checkpoints.write_errors_named(out):
             metrics = _train(config, student, trainer, eval_set, out)
@@ -140,12 +155,17 @@ def _require_learned_tokens(dataset: Any, problem: str) -> None:
         raise ValueError(f"{problem}, none of the tokens of {len(dataset)} samples is to be learned")
 
 
+def asked_step(config: TrainConfig) -> StepShape:
+    """The step of a new run with these settings, started like this process."""
+    return StepShape(config.batch_size, config.grad_accum, _n_processes(config))
+
+
 def _step_shape(config: TrainConfig, out: Path) -> StepShape:
     """How the processes of this run share a step: as `config` says, or where a run goes on, the same samples a step.
 
     Raises ValueError where that many processes cannot share them.
     """
-    asked = StepShape(config.batch_size, config.grad_accum, _n_processes(config))
+    asked = asked_step(config)
     begun = checkpoints.recorded_samples_per_step(out) if config.resume else None
     if begun is None or begun == asked.n_samples:
         return asked
@@ -204,7 +224,7 @@ def _make_trainer(
         log_level="error",  # its warnings name the tied head as missing from every checkpoint
         report_to="none",  # _reporters are among the callbacks
     )
-    trainer = DistillationTrainer(
+    trainer = _BundledTrainer(
         model=student.model,
         args=args,
         train_dataset=train_set,
@@ -252,8 +272,8 @@ def _metrics(
     return {**metrics, "config": {**asdict(config), "data": list(config.data)}, "history": history}
 
 
-def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer) -> dict[str, str]:
-    """What the settings that were left to the trainer came to, by name."""
+def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer, shape: StepShape) -> dict[str, str]:
+    """What the settings that were left to the trainer came to, by name, and how large the steps are."""
     chosen = {"tail": trainer.tail} if config.tail is None else {}
     if config.lr is None:
         chosen["lr"] = f"{trainer.args.learning_rate:g}"
@@ -261,7 +281,8 @@ def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer) -> dict[
         chosen["dtype"] = "bfloat16" if trainer.args.bf16 else "float32"
     if config.device == "auto":
         chosen["device"] = trainer.args.device.type
-    return {name: f"here {value}" for name, value in chosen.items()}
+    notes = {name: f"here {value}" for name, value in chosen.items()}
+    return {**notes, "batch_size": step_note(shape.n_samples, shape.n_processes)}
 
 
 def _identity(config: TrainConfig, train_set: Any, store: logitstore.LogitStore) -> dict[str, Any]:
