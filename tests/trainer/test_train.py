@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -20,7 +19,6 @@ from logitstore_trainer import TeacherDecoder, checkpoints, collate
 from logitstore_trainer.collator import next_token_labels
 from logitstore_trainer.collect.teacher import choose_dtype
 from logitstore_trainer.evaluate import evaluate_student
-from logitstore_trainer.schedule import share_of_peak
 from logitstore_trainer.student import build_student
 from logitstore_trainer.train import TrainConfig, add_arguments, config_of_arguments, run, train
 from safetensors.torch import load_file
@@ -176,17 +174,6 @@ def test_a_run_of_one_step_trains(config, store, warmup):
     before = build_student(STUDENT, store, seed=config.seed).model.state_dict()
     changed = [name for name, value in weights(Path(config.out)).items() if not value.equal(before[name])]
     assert len(changed) == len(weights(Path(config.out)))
-
-
-def test_every_step_of_a_schedule_trains_up_to_the_peak_and_down_to_zero():
-    for n_warmup, n_steps in ((0, 1), (1, 1), (3, 3), (5, 40), (1, 20), (9, 4)):
-        shares = [share_of_peak(step, n_warmup, n_steps) for step in range(n_steps)]
-        assert 0 < min(shares) <= max(shares) <= 1
-        rising = shares[: n_warmup + 1]
-        assert rising == pytest.approx([(i + 1) / (n_warmup + 1) for i in range(len(rising))])
-        assert all(a > b for a, b in itertools.pairwise(shares[n_warmup:]))
-    assert share_of_peak(30, 10, 50) == pytest.approx(0.5)
-    assert share_of_peak(50, 10, 50) == pytest.approx(0, abs=1e-12)
 
 
 class InterruptInsideSave(TrainerCallback):

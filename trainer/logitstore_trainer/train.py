@@ -38,11 +38,11 @@ class TrainConfig:
 
     student: see `build_student`. data: one store or several of one teacher. eval_data, or eval_fraction in (0, 1) of
     the samples, in whole rows of the data set drawn with the seed: held out. steps (optimizer steps) overrides epochs.
-    lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps,
-    rounded up; it starts above 0, and cosine to zero follows (schedule.py). A step takes batch_size * grad_accum
-    samples per process; a run that is resumed keeps the samples of its steps, whatever the number of processes. pack:
-    several samples in a row where they fit. dtype: bf16 and fp32 stand for the long names. loss: the divergence of
-    `distillation_loss`. save_every, eval_every: steps between, 0 for only at the end.
+    lr None: 1e-3 from scratch, 5e-5 for a loaded student. warmup: steps if at least 1, else a share of all steps; then
+    cosine to zero. A step takes batch_size * grad_accum samples per process; a run that is resumed keeps the samples of
+    its steps, whatever the number of processes. pack: several samples in a row where they fit. dtype: bf16 and fp32
+    stand for the long names. loss: the divergence of `distillation_loss`. save_every, eval_every: steps between, 0 for
+    only at the end.
     """
 
     student: str

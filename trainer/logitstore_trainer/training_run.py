@@ -33,7 +33,6 @@ from logitstore_trainer.model_card import CARD_NAME, model_card
 from logitstore_trainer.new_folder import removed_if_left_empty
 from logitstore_trainer.recipe import RECIPE_NAME, recipe_text, step_note
 from logitstore_trainer.run_report import REPORT_NAME, write_run_report
-from logitstore_trainer.schedule import warmup_cosine
 from logitstore_trainer.step_shape import StepShape, shared_step
 from logitstore_trainer.student import Student, build_student
 from logitstore_trainer.train import TrainConfig
@@ -43,17 +42,6 @@ from logitstore_trainer.transformers_display import transformers_display_kept
 # What may change between a run and its resumption without changing the weights.
 _FREE_SETTINGS = ("out", "resume", "device", "save_every", "eval_every", "log_every", "report_to", "workers")
 _FROM_SCRATCH_LR, _LOADED_LR = 1e-3, 5e-5
-
-
-class _BundledTrainer(DistillationTrainer):
-    """DistillationTrainer with the schedule of schedule.py."""
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if self.lr_scheduler is None:
-            n_warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = warmup_cosine(optimizer or self.optimizer, n_warmup, num_training_steps)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
 
 def run_training(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -203,7 +191,7 @@ def _make_trainer(
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=shape.grad_accum,
         learning_rate=lr,
-        warmup_steps=config.warmup,
+        warmup_steps=0 if config.steps == 1 else config.warmup,  # transformers' first step of a warm-up has lr 0
         lr_scheduler_type="cosine",
         bf16=_use_bf16(config),
         use_cpu=config.device == "cpu",
@@ -224,7 +212,7 @@ def _make_trainer(
         log_level="error",  # its warnings name the tied head as missing from every checkpoint
         report_to="none",  # _reporters are among the callbacks
     )
-    trainer = _BundledTrainer(
+    trainer = DistillationTrainer(
         model=student.model,
         args=args,
         train_dataset=train_set,
