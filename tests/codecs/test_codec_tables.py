@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load, save
 import logitstore
 from logitstore.codec_tables import CodecTables, tables_from_bytes
 from logitstore.codecs import conformance
+from logitstore.fingerprint import sha256_json
 
 VOCAB_SIZE = 60
 METADATA = {"logitstore.tables": "1"}
@@ -140,6 +142,18 @@ def test_tables_of_another_vocabulary_are_refused() -> None:
         other.with_tables(fitted().tables)
 
 
+@pytest.mark.parametrize("name", [5, "", "../../x", "ab" * 31, "AB" * 32, "g" * 64, "0" * 64 + "\n", b"0" * 64])
+def test_tables_are_named_by_a_hash_and_nothing_else(name, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tables must be a SHA-256 of 64 lower-case hex digits, or None, got"):
+        logitstore.make_codec("topk", vocab_size=VOCAB_SIZE, tables=name)
+    if isinstance(name, bytes):
+        return
+    config = {**fitted().config, "tables": name}
+    (tmp_path / "codec.json").write_text(json.dumps({"config": config, "sha256": sha256_json(config)}))
+    with pytest.raises(logitstore.FormatError, match="tables must be a SHA-256"):
+        logitstore.load_codec(tmp_path)
+
+
 def test_a_codec_without_anything_fitted_has_no_tables() -> None:
     with pytest.raises(ValueError, match="codec 'rskd' has nothing that is fitted"):
         logitstore.make_codec("rskd", vocab_size=10, tables="0" * 64)
@@ -190,7 +204,10 @@ def test_each_array_of_a_predicted_tail_is_checked() -> None:
         rest = {other: array for other, array in arrays.items() if other != name}
         if name == "corrections.step":  # without it nothing of a tail is corrected, which the codec then refuses
             tables = tables_from_bytes(save(rest, metadata=METADATA), vocab_size=VOCAB_SIZE)
-            with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are of another kind"):
+            with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are for tail_step None"):
                 codec.with_tables(tables)
         else:
             refused(save(rest, metadata=METADATA), message)
+    other_step = save({**arrays, "corrections.step": np.array([0.25])}, metadata=METADATA)
+    with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are for tail_step 0.25"):
+        codec.with_tables(tables_from_bytes(other_step, vocab_size=VOCAB_SIZE))
