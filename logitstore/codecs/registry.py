@@ -143,6 +143,20 @@ def load_codec(folder: str | os.PathLike[str]) -> Codec:
     return with_tables_of(codec_from_config(config), Path(folder))
 
 
+def remove_saved_codec(folder: Path) -> None:
+    """Removes codec.json and the tables that it names; nothing where there is none."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return
+    try:
+        tables_sha256 = codec_from_config(json.loads(path.read_text())["config"]).tables_sha256
+    except (FormatError, ValueError, KeyError, TypeError):
+        tables_sha256 = None  # damaged, so that it names no tables
+    path.unlink()
+    if tables_sha256 is not None:
+        (folder / tables_file_name(tables_sha256)).unlink(missing_ok=True)
+
+
 def write_tables(codec: Codec, folder: Path) -> None:
     """Writes the codec's tables as `<sha256>.safetensors`, in one step; nothing where the codec has none.
 
