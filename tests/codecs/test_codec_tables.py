@@ -1,6 +1,7 @@
 """Files of codec tables: what is damaged, cut, swapped, missing or not of this vocabulary is an error of ours."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import shutil
@@ -134,6 +135,23 @@ def test_a_saved_codec_with_damaged_swapped_or_missing_tables_is_refused(tmp_pat
         subject = targets if method == "encode" else codec.encode(targets, case.input_ids)
         with pytest.raises(logitstore.SpecMismatchError, match="codec needs its tables [0-9a-f]{64}: open the store"):
             getattr(bare, method)(subject, case.input_ids)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_save_that_is_interrupted_before_it_is_on_the_disk_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise error
+
+    codec = fitted()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(type(error)):
+            codec.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    codec.save(tmp_path)
+    assert logitstore.load_codec(tmp_path) == codec
 
 
 def test_tables_of_another_vocabulary_are_refused() -> None:
