@@ -16,10 +16,9 @@ from logitstore.compiled import compiled
 from logitstore.id_lists import ESCAPE
 
 OK, OUTSIDE_VOCABULARY, BEHIND_LIST = 0, 1, 2
-_SLOTS_OF_ENTRY = 64
+_SLOTS_OF_ENTRY = 64  # so many that a member that is none of the row's ids mostly meets a free slot
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth, TAOCP 6.4)
 _ONE = np.uint64(1)
-# so many that a member that is none of the row's ids mostly meets a free slot
 
 
 class Lists(NamedTuple):

@@ -1,7 +1,9 @@
 """A teacher's logits in any of the shapes that callers have, read in row chunks of bounded size.
 
 [L, V] logits at V = 128k are half a megabyte a row in fp32; nothing here holds more than CHUNK_BYTES of them beyond
-what the caller already holds. Columns at or beyond the vocabulary (heads padded for speed) are dropped.
+what the caller already holds. A head that is not float32 in the computer's own memory is brought there a part of the
+vocabulary at a time, CHUNK_BYTES of it, again for as many rows as CHUNK_BYTES of logits are; who reads many short texts
+gives a float32 head. Columns at or beyond the vocabulary (heads padded for speed) are dropped.
 
 Letters: L sequence length, V vocabulary, D width.
 """
@@ -61,13 +63,15 @@ def iter_logit_chunks(
     if logits.shape[1] < vocab_size:
         raise ValueError(f"logits have {logits.shape[1]} columns, the codec's vocabulary is {vocab_size}")
     n_chunk = max(1, chunk_bytes // (4 * vocab_size))
-    lm_head_DV = _as_float32(logits.lm_head)[:vocab_size].T if isinstance(logits, FactoredLogits) else None
-    for start in range(0, len(rows), n_chunk):
-        chunk_rows = rows[start : start + n_chunk]
-        if lm_head_DV is None:
-            yield _as_float32(logits[_index(chunk_rows), :vocab_size])
-        else:
-            yield _multiplied_out(logits, chunk_rows, lm_head_DV)
+    if not isinstance(logits, FactoredLogits):
+        for start in range(0, len(rows), n_chunk):
+            yield _as_float32(logits[_index(rows[start : start + n_chunk]), :vocab_size])
+        return
+    n_product = n_chunk if _is_float32_here(logits.lm_head) else max(n_chunk, CHUNK_BYTES // (4 * vocab_size))
+    for start in range(0, len(rows), n_product):
+        z_NV = _multiplied_out(logits, rows[start : start + n_product], vocab_size)
+        for first in range(0, len(z_NV), n_chunk):
+            yield z_NV[first : first + n_chunk]
 
 
 def full_logits(logits: Any, vocab_size: int) -> Any:
@@ -77,10 +81,16 @@ def full_logits(logits: Any, vocab_size: int) -> Any:
     return np.concatenate(list(iter_logit_chunks(logits, np.arange(logits.shape[0]), vocab_size=vocab_size)))
 
 
-def _multiplied_out(
-    logits: FactoredLogits, rows: NDArray[np.int64], lm_head_DV: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    z_NV = _as_float32(logits.hidden[_index(rows)]) @ lm_head_DV
+def _multiplied_out(logits: FactoredLogits, rows: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
+    hidden_ND = _as_float32(logits.hidden[_index(rows)])
+    if _is_float32_here(logits.lm_head):
+        z_NV = hidden_ND @ _as_float32(logits.lm_head)[:vocab_size].T
+    else:
+        z_NV = np.empty((len(rows), vocab_size), np.float32)
+        n_part = max(1, CHUNK_BYTES // (4 * hidden_ND.shape[1]))
+        for start in range(0, vocab_size, n_part):
+            part = slice(start, min(start + n_part, vocab_size))
+            np.matmul(hidden_ND, _as_float32(logits.lm_head[part]).T, out=z_NV[:, part])
     if logits.bias is not None:
         z_NV += _as_float32(logits.bias)[: z_NV.shape[1]]
     if logits.scale != 1.0:
@@ -94,6 +104,16 @@ def _index(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
+
+
+def _is_float32_here(array: Any) -> bool:
+    """Whether _as_float32 copies nothing of it."""
+    if isinstance(array, np.ndarray):
+        return array.dtype == np.float32 and array.flags.c_contiguous
+    import torch
+
+    is_here = isinstance(array, torch.Tensor) and array.device.type == "cpu" and array.is_contiguous()
+    return is_here and array.dtype == torch.float32
 
 
 def _as_float32(array: Any) -> NDArray[np.float32]:

@@ -6,9 +6,12 @@ import subprocess
 import symtable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from logitstore_trainer.bench.storage_names import configuration_text
 from logitstore_trainer.cli import COMMANDS
+
+import logitstore
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -116,6 +119,37 @@ def test_sizes_and_fidelities_are_those_of_the_committed_rows() -> None:
         assert line in README
         assert unseen["kl_t1"] < uniform["kl_t1"]
         assert unseen["kl_t2"] < uniform["kl_t2"]
+
+
+def test_errors_of_asked_log_probs_and_costs_of_heads_are_those_of_the_committed_rows() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "storage.json").read_text())["results"]
+    rows = {row["budget"] or configuration_text(row["config"]): row for row in results if row["codec"] == "topk"}
+    asked = [rows[name]["logprobs_at_error"] for name in (24.0, 104.0, "int8 k=64")]
+    text = " ".join(README.split())
+    expected = (
+        "off by {:.2f} nats on average in the 24 bytes a token above, by {:.2f} in the 104, by {:.2f} in topk int8"
+    )
+    assert expected.format(*asked) in text
+    log, fp16 = (rows[name] for name in ("log 0.5 k=64 fitted", "fp16 k=64"))
+    costs = log["bytes_of"]["values"], log["kl_t1"], fp16["bytes_of"]["values"], fp16["kl_t1"]
+    expected = "has {:.1f} bytes of values a token and a KL of {:.3f} at T = 1, topk fp16 k=64 {:.1f} and {:.3f}."
+    assert expected.format(*costs) in text
+    assert not any(row["config"].get("head") == "sqrtp" for row in results)
+
+
+def test_the_example_of_asked_log_probs_runs(tmp_path: Path) -> None:
+    logits, student_top_ids = np.random.default_rng(0).normal(size=(5, 9)), np.arange(8).reshape(4, 2)
+    codec = logitstore.make_codec("topk", vocab_size=9, k=3)
+    input_ids = np.arange(5)
+    with logitstore.create(tmp_path / "x.parquet", logitstore.StoreSpec(codec=codec, vocab_size=9)) as writer:
+        writer.append(0, input_ids, codec.targets_from_logits(logits, input_ids))
+    block = next(block for block in README.split("```python\n")[1:] if "logprobs_at" in block).split("```")[0]
+    opened, asked = block.strip().splitlines()
+    names = {"logitstore": logitstore, "student_top_ids": student_top_ids}
+    exec(opened.replace("x.parquet", str(tmp_path / "x.parquet")), names)
+    logprobs = eval(asked, names)
+    truth = names["targets"].dense_logprobs(2.0)
+    np.testing.assert_array_equal(logprobs, np.take_along_axis(truth, student_top_ids, axis=1))
 
 
 def _head(row: dict) -> tuple:

@@ -4,6 +4,7 @@ Letters: R rows, L sequence length.
 """
 
 import operator
+import re
 import zlib
 from typing import Any
 
@@ -19,8 +20,7 @@ from logitstore.planes import PlaneReader
 from logitstore.targets import TeacherTargets
 
 MAX_VOCAB_SIZE = 1 << 24
-
-
+_SHA256 = re.compile("[0-9a-f]{64}")
 _BYTES_OF_BLOB = 64  # more than a layout stores once, whatever its rows
 
 
@@ -43,6 +43,13 @@ def require_fraction(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 < value < 1):
         raise ValueError(f"{name} must be a number above 0 and below 1, or None, got {value!r}")
+
+
+def require_sha256(name: str, value: Any) -> None:
+    """Raises ValueError for an option that is neither None nor a SHA-256 as 64 lower-case hex digits. It names a file
+    beside the store, so it must not be a path."""
+    if value is not None and not (isinstance(value, str) and _SHA256.fullmatch(value)):
+        raise ValueError(f"{name} must be a SHA-256 of 64 lower-case hex digits, or None, got {value!r}")
 
 
 def require_tables(codec: Codec) -> CodecTables:

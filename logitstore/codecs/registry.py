@@ -25,6 +25,7 @@ from logitstore.codecs.varopt import VarOptCodec
 from logitstore.errors import CorruptionError, FormatError
 from logitstore.fingerprint import sha256_json
 from logitstore.fit_cache import FitCache
+from logitstore.shard_writer import sync_folder
 
 CODECS: dict[str, type[Codec]] = {
     "rskd": RSKDCodec,
@@ -122,9 +123,7 @@ def save_codec(codec: Codec, folder: str | os.PathLike[str]) -> None:
     if codec.tables_sha256 is not None:
         write_tables(codec, path)
     text = json.dumps({"config": codec.config, "sha256": sha256_json(codec.config)}, indent=2) + "\n"
-    partial = path / (CONFIG_FILE + ".partial")
-    partial.write_text(text)
-    partial.replace(path / CONFIG_FILE)
+    _write_in_one_step(path / CONFIG_FILE, text.encode())
 
 
 def load_codec(folder: str | os.PathLike[str]) -> Codec:
@@ -143,6 +142,20 @@ def load_codec(folder: str | os.PathLike[str]) -> Codec:
     return with_tables_of(codec_from_config(config), Path(folder))
 
 
+def remove_saved_codec(folder: Path) -> None:
+    """Removes codec.json and the tables that it names; nothing where there is none."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return
+    try:
+        tables_sha256 = codec_from_config(json.loads(path.read_text())["config"]).tables_sha256
+    except (FormatError, ValueError, KeyError, TypeError):
+        tables_sha256 = None  # damaged, so that it names no tables
+    path.unlink()
+    if tables_sha256 is not None:
+        (folder / tables_file_name(tables_sha256)).unlink(missing_ok=True)
+
+
 def write_tables(codec: Codec, folder: Path) -> None:
     """Writes the codec's tables as `<sha256>.safetensors`, in one step; nothing where the codec has none.
 
@@ -154,9 +167,21 @@ def write_tables(codec: Codec, folder: Path) -> None:
     if not target.is_file():
         content = require_tables(codec).file_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
+        _write_in_one_step(target, content)
+
+
+def _write_in_one_step(target: Path, content: bytes) -> None:
+    """Whole and on the disk before it has its name; interrupted, it leaves nothing."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # rows that are on the disk cannot be read without their tables
         partial.replace(target)
+        sync_folder(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def with_tables_of(codec: Codec, folder: Path) -> Codec:

@@ -29,6 +29,7 @@ from logitstore.codecs.checks import (
     expected_header,
     opened_blob,
     require_int,
+    require_sha256,
     require_tables,
 )
 from logitstore.codecs.flat_layout import StoredRows, decode_flat, encode_flat
@@ -85,6 +86,7 @@ class TopKCodec:
         if self.tail_step is not None:
             object.__setattr__(self, "tail_step", _checked_tail_step(self.tail_step, self.tail))
         _ = self.head_format, self._selection
+        require_sha256("tables", self.tables_sha256)
         if self.tables is not None and self.tables.sha256 != self.tables_sha256:
             raise ValueError(f"tables have SHA-256 {self.tables.sha256}, the codec names {self.tables_sha256}")
         if self.tables is not None and self.tables.lists.vocab_size != self.vocab_size:
@@ -161,11 +163,12 @@ class TopKCodec:
 
     def with_tables(self, tables: CodecTables) -> "TopKCodec":
         """This codec with these tables. Raises ValueError for others than it names, if it names any, SpecMismatchError
-        for tables that lack what its tail needs."""
+        for tables without the tail model that it needs, or with corrections of another tail_step."""
         if self.tail == "predicted" and tables.tail is None:
             raise SpecMismatchError("codec predicts its tail, its tables hold no tail model")
-        if (self.tail_step is not None) != (tables.corrections is not None):
-            raise SpecMismatchError(f"codec has tail_step {self.tail_step}, its tables are of another kind")
+        tables_step = None if tables.corrections is None else tables.corrections.step
+        if self.tail_step != tables_step:
+            raise SpecMismatchError(f"codec has tail_step {self.tail_step}, its tables are for tail_step {tables_step}")
         return replace(self, tables_sha256=self.tables_sha256 or tables.sha256, tables=tables)
 
     def targets_from_logits(self, logits: Any, input_ids: Any, keep_mask: Any = None) -> TeacherTargets:

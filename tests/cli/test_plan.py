@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import logitstore
 from logitstore.logits_source import FactoredLogits
+from logitstore.tail_rows import tail_rows
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,40 @@ def test_a_goal_for_fidelity_takes_the_fewest_bytes(
     assert "For a KL of at most 0.1 nats at T = 2: residual, k = 64, int8" in printed
     assert main([*arguments, "--max-kl", "0.0000001"]) == 1
     assert "No configuration reaches a KL of at most 1e-07 nats at T = 2; the nearest:" in capsys.readouterr().out
+
+
+def test_a_goal_that_nothing_reaches_leaves_no_codec_of_an_earlier_plan(
+    logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Nor does a plan leave the tables of another one behind; files that are not a plan's stay."""
+    fitted, unfitted = {"head": "log", "k": 8}, {"k": 8}
+    arguments = ["plan", "--logits", str(logits_file), "--rows", "30", "--out", str(tmp_path)]
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr("logitstore_trainer.plan.plan.fitted_tail", lambda texts, *_: (tail_rows(texts, V), None))
+    monkeypatch.setattr("logitstore_trainer.plan.plan.PREDICTED", ())
+    for residual, goal, code, files in (
+        ((fitted,), "9", 0, 5),
+        ((), "1e-9", 1, 3),
+        ((fitted,), "9", 0, 5),
+        ((), "9", 0, 4),
+    ):
+        monkeypatch.setattr("logitstore_trainer.plan.plan.RESIDUAL", residual)
+        monkeypatch.setattr("logitstore_trainer.plan.plan.UNFITTED", () if residual else (unfitted,))
+        assert main([*arguments, "--max-kl", goal]) == code
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            ["notes.txt", "plan.json", "report.html"]
+            + ["codec.json"] * (code == 0)
+            + [f"{logitstore.load_codec(tmp_path).tables_sha256}.safetensors" for _ in residual]
+        )
+        assert len(list(tmp_path.iterdir())) == files
+        assert (json.loads((tmp_path / "plan.json").read_text())["chosen"] is None) == (code == 1)
+    (tmp_path / "codec.json").write_text("{")
+    assert main([*arguments, "--max-kl", "1e-9"]) == 1
+    assert not (tmp_path / "codec.json").exists()
+    capsys.readouterr()
+    out = ["--out", str(logits_file)]
+    assert main(["plan", "--logits", str(logits_file), "--max-kl", "1", *out]) == 2
+    assert "is a file; name a folder for the fitted codec, plan.json and report.html" in capsys.readouterr().err
 
 
 def test_a_vocabulary_too_small_to_plan_for_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -209,6 +209,16 @@ def test_terminal_table_is_aligned():
     )  # fmt: skip
 
 
+def test_long_cells_of_a_page_wrap_and_short_ones_and_numbers_do_not():
+    table = Table(
+        ["configuration", "KL T=1", "n"], [["predicted, p >= 0.005, log 0.5, tail step 0.08", "0.1 +- 0.01", 3]]
+    )
+    page = render_html("t", [Section("s", [table])])
+    assert '<th class="long">configuration</th><th>KL T=1</th><th class="num">n</th>' in page
+    assert '<td class="long">predicted' in page
+    assert ".long{white-space:normal" in page
+
+
 def test_rows_that_do_not_fit_the_header_are_refused():
     with pytest.raises(ValueError, match=r"table row 1 has 1 cells, the header has 2: \['a', 'b'\]"):
         format_table(["a", "b"], [[1, 2], [3]])

@@ -1,7 +1,9 @@
 """Files of codec tables: what is damaged, cut, swapped, missing or not of this vocabulary is an error of ours."""
 
 import contextlib
+import errno
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors.numpy import load, save
 import logitstore
 from logitstore.codec_tables import CodecTables, tables_from_bytes
 from logitstore.codecs import conformance
+from logitstore.fingerprint import sha256_json
 
 VOCAB_SIZE = 60
 METADATA = {"logitstore.tables": "1"}
@@ -134,10 +137,39 @@ def test_a_saved_codec_with_damaged_swapped_or_missing_tables_is_refused(tmp_pat
             getattr(bare, method)(subject, case.input_ids)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_save_that_is_interrupted_before_it_is_on_the_disk_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise error
+
+    codec = fitted()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(type(error)):
+            codec.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    codec.save(tmp_path)
+    assert logitstore.load_codec(tmp_path) == codec
+
+
 def test_tables_of_another_vocabulary_are_refused() -> None:
     other = logitstore.make_codec("topk", vocab_size=VOCAB_SIZE + 1, k=8, head="log")
     with pytest.raises(logitstore.SpecMismatchError, match="tables are for a vocabulary of 60, the codec has 61"):
         other.with_tables(fitted().tables)
+
+
+@pytest.mark.parametrize("name", [5, "", "../../x", "ab" * 31, "AB" * 32, "g" * 64, "0" * 64 + "\n", b"0" * 64])
+def test_tables_are_named_by_a_hash_and_nothing_else(name, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tables must be a SHA-256 of 64 lower-case hex digits, or None, got"):
+        logitstore.make_codec("topk", vocab_size=VOCAB_SIZE, tables=name)
+    if isinstance(name, bytes):
+        return
+    config = {**fitted().config, "tables": name}
+    (tmp_path / "codec.json").write_text(json.dumps({"config": config, "sha256": sha256_json(config)}))
+    with pytest.raises(logitstore.FormatError, match="tables must be a SHA-256"):
+        logitstore.load_codec(tmp_path)
 
 
 def test_a_codec_without_anything_fitted_has_no_tables() -> None:
@@ -190,7 +222,10 @@ def test_each_array_of_a_predicted_tail_is_checked() -> None:
         rest = {other: array for other, array in arrays.items() if other != name}
         if name == "corrections.step":  # without it nothing of a tail is corrected, which the codec then refuses
             tables = tables_from_bytes(save(rest, metadata=METADATA), vocab_size=VOCAB_SIZE)
-            with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are of another kind"):
+            with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are for tail_step None"):
                 codec.with_tables(tables)
         else:
             refused(save(rest, metadata=METADATA), message)
+    other_step = save({**arrays, "corrections.step": np.array([0.25])}, metadata=METADATA)
+    with pytest.raises(logitstore.SpecMismatchError, match="tail_step 0.5, its tables are for tail_step 0.25"):
+        codec.with_tables(tables_from_bytes(other_step, vocab_size=VOCAB_SIZE))

@@ -177,7 +177,7 @@ def test_what_a_predicted_tail_needs_is_said(rows, tail) -> None:
     moments = np.full(39, -3.0, np.float32), np.full(39, 1.0, np.float32)
     with pytest.raises(ValueError, match=r"needs teacher_coefs \(39, 12\).*got None"):
         codec.targets_from_topk(top.indices[:-1], top.values[:-1], *moments, input_ids=ids)
-    with pytest.raises(SpecMismatchError, match="its tables are of another kind"):
+    with pytest.raises(SpecMismatchError, match="codec has tail_step None, its tables are for tail_step 0.3"):
         replace(codec, tail_step=None, tables_sha256=None, tables=None).with_tables(codec.tables)
     with pytest.raises(SpecMismatchError, match="its tables hold no tail model"):
         unfitted.with_tables(replace(codec.tables, tail=None, corrections=None))

@@ -1,6 +1,7 @@
 """The top-k codec: what it keeps, that bytes give it back bit for bit, and the error bounds that it declares."""
 
 import json
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logitstore
+from logitstore import logits_source
 from logitstore.codecs.conformance import require_same
 from logitstore.head_values import HEADS, head_format
 from logitstore.tail_moments import COARSE, FINE
@@ -151,7 +153,8 @@ def test_kl_of_renormalised_head_is_minus_log_of_the_kept_mass() -> None:
     np.testing.assert_allclose(np.log(-np.expm1(targets.tail_logmass.astype(np.float64))), np.log(kept), atol=1.1e-3)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch fp32", "torch bf16", "torch fp16", "factored", "factored torch"])
+@pytest.mark.parametrize("kind", ["numpy", "torch fp32", "torch bf16", "torch fp16", "factored", "factored torch",
+                                  "factored bf16", "factored fp16"])  # fmt: skip
 def test_every_kind_of_logits_gives_the_targets_of_its_float32_values(kind: str) -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(4)
@@ -170,6 +173,10 @@ def test_every_kind_of_logits_gives_the_targets_of_its_float32_values(kind: str)
     elif kind == "factored torch":
         tensors = [torch.from_numpy(a) for a in (hidden, lm_head, bias)]
         given_logits = logitstore.FactoredLogits(*tensors, scale=0.7, softcap=5.0)
+    elif kind.startswith("factored"):
+        half = torch.from_numpy(lm_head).to(torch.bfloat16 if kind.endswith("bf16") else torch.float16)
+        logits = 5 * np.tanh((hidden @ half.float().numpy().T + bias) * 0.7 / 5)
+        given_logits = logitstore.FactoredLogits(hidden, half, bias, scale=0.7, softcap=5.0)
     codec = logitstore.make_codec("topk", vocab_size=100, k=9, head="fp16")  # 103 columns: 3 are padding
     targets = codec.targets_from_logits(given_logits, input_ids)
     expected = codec.targets_from_logits(logits[:, :100], input_ids)
@@ -186,8 +193,6 @@ def test_chunked_logits_equal_whole_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     keep_mask = rng.random(39) < 0.6
     codec = logitstore.make_codec("topk", vocab_size=64, k=8)
     whole = codec.targets_from_logits(logits, input_ids, keep_mask)
-    from logitstore import logits_source
-
     chunks = logits_source.iter_logit_chunks(logits, np.flatnonzero(keep_mask), vocab_size=64, chunk_bytes=3 * 4 * 64)
     from logitstore.topk import topk_with_tail
 
@@ -195,6 +200,27 @@ def test_chunked_logits_equal_whole_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [len(part.ids) for part in parts][:-1] == [3] * (len(parts) - 1)
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     require_same(codec.targets_from_topk(*columns, input_ids=input_ids, keep_mask=keep_mask), whole, "targets")
+
+
+def test_a_head_that_is_not_float32_is_never_copied_whole() -> None:
+    """164 MB in float32, multiplied out in two parts of the vocabulary, and rows given out a few at a time."""
+    rng = np.random.default_rng(6)
+    lm_head = np.resize(rng.standard_normal(9973).astype(np.float16), (40_000, 1024))
+    hidden = rng.standard_normal((5, 1024)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        chunks = logits_source.iter_logit_chunks(
+            logitstore.FactoredLogits(hidden, lm_head), np.array([0, 2, 3, 4]), vocab_size=39_000, chunk_bytes=500_000
+        )
+        chunks = [chunk.copy() for chunk in chunks]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < logits_source.CHUNK_BYTES + 3_000_000
+    assert [chunk.shape for chunk in chunks] == [(3, 39_000), (1, 39_000)]
+    some = np.r_[:50, 16_000:17_000, 38_950:39_000]  # the second part begins at 16,384
+    truth = hidden[[0, 2, 3, 4]].astype(np.float64) @ lm_head[some].astype(np.float64).T
+    np.testing.assert_allclose(np.concatenate(chunks)[:, some], truth, atol=1e-3)
 
 
 def test_topk_rows_may_come_for_all_rows_or_for_the_kept_ones() -> None:

@@ -180,6 +180,14 @@ def test_a_run_that_stored_nothing_claims_nothing(
     assert logitstore.open(out).spec.codec.k == 8
 
 
+def test_a_plan_that_found_no_codec_gives_no_tables(
+    teacher_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    assert collect(teacher_folder, prompts, tmp_path / "x.parquet", "--tables", str(tmp_path)) == 2
+    assert f"--tables {tmp_path} holds a plan without a codec: nothing reached its goal" in capsys.readouterr().err
+
+
 def test_a_goal_that_nothing_reaches_is_one_line_and_leaves_nothing(
     teacher_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

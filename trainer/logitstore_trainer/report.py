@@ -1,8 +1,9 @@
 """Reports: one HTML file that needs nothing else, and the same tables as plain text for the terminal.
 
 The page has no script, no web font and no external resource: it can be mailed, archived and opened offline.
-Colours follow the preference of the reader, light or dark; wide tables and plots scroll inside their own box,
-so the page fits a phone. All text is escaped; only the SVG of a Plot is inserted as it is.
+Colours follow the preference of the reader, light or dark. Long cells of a table wrap; what is still too wide scrolls
+inside its own box, with a shadow at the edge where more is hidden, so the page fits a phone. All text is escaped; only
+the SVG of a Plot is inserted as it is.
 """
 
 import html
@@ -175,8 +176,13 @@ def _element(part: Paragraph | Table | Plot | Preformatted) -> str:
 def _table(table: Table) -> str:
     numeric = [_is_numeric_column(table.rows, i) for i in range(len(table.headers))]
 
+    longest = [max((len(cell_text(row[i])) for row in table.rows), default=0) for i in range(len(table.headers))]
+    marks = [
+        ' class="num"' if is_numeric else ' class="long"' if length > _LONG_CELL else ""
+        for is_numeric, length in zip(numeric, longest, strict=True)
+    ]
+
     def cells(tag: str, texts: Sequence[str]) -> str:
-        marks = (' class="num"' if is_numeric else "" for is_numeric in numeric)
         return "".join(f"<{tag}{mark}>{html.escape(t)}</{tag}>" for mark, t in zip(marks, texts, strict=True))
 
     head = f"<thead><tr>{cells('th', list(table.headers))}</tr></thead>"
@@ -186,6 +192,7 @@ def _table(table: Table) -> str:
     return f'<figure><div class="scroll" tabindex="0">{body}</div>{caption}</figure>'
 
 
+_LONG_CELL = 32  # characters
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?(%|ms|s|x|GB/s|MB|MiB|kB|B))?")
 
 
@@ -210,13 +217,13 @@ def _style_sheet() -> str:
     )
 
 
-_LIGHT_COLOURS = "--ink:#1b1f24;--soft:#57606a;--page:#fff;--panel:#f5f7f9;--grid:#d9dde2;"
-_DARK_COLOURS = "--ink:#e6e9ec;--soft:#a4adb6;--page:#14171a;--panel:#1d2226;--grid:#394149;"
+_LIGHT_COLOURS = "--ink:#1b1f24;--soft:#57606a;--page:#fff;--panel:#f5f7f9;--grid:#d9dde2;--shade:#1b1f2440;"
+_DARK_COLOURS = "--ink:#e6e9ec;--soft:#a4adb6;--page:#14171a;--panel:#1d2226;--grid:#394149;--shade:#00000099;"
 _STYLE_RULES = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
-main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+main{max-width:76rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.7rem;line-height:1.2;margin:.5rem 0}
 h2{font-size:1.25rem;margin:2.5rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--grid)}
 p{margin:.6rem 0;max-width:46rem;overflow-wrap:anywhere}
@@ -226,11 +233,16 @@ a{color:var(--series-1)}
 figure{margin:1rem 0 1.4rem}
 figcaption{font-size:.9rem;margin-top:.35rem;max-width:46rem}
 .scroll,pre{overflow-x:auto;max-width:100%}
+.scroll{background:linear-gradient(90deg,var(--page) 40%,transparent) local 0 0/3rem 100%,
+linear-gradient(270deg,var(--page) 40%,transparent) local 100% 0/3rem 100%,
+linear-gradient(90deg,var(--shade),transparent) 0 0/1rem 100%,
+linear-gradient(270deg,var(--shade),transparent) 100% 0/1rem 100%;background-repeat:no-repeat}
 svg{display:block;width:100%;min-width:34rem;max-width:50rem;height:auto;color:var(--ink)}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .8rem .35rem 0;text-align:left;white-space:nowrap;border-bottom:1px solid var(--grid)}
 th{color:var(--soft);font-weight:600;vertical-align:bottom}
 .num{text-align:right}
+.long{white-space:normal;min-width:11rem;overflow-wrap:break-word}
 tbody tr:hover{background:var(--panel)}
 pre{background:var(--panel);padding:.8rem 1rem;border-radius:6px;font:.88rem/1.45 ui-monospace,monospace}
 @media print{.scroll{overflow:visible}svg{min-width:0}}

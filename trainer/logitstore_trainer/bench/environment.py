@@ -36,11 +36,12 @@ def environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
-def output_folder(path: str | Path) -> Path:
-    """The folder for results, made where it is missing. Raises ValueError where a file has that name."""
+def output_folder(path: str | Path, contents: str = "results.json and report.html") -> Path:
+    """The folder for what a command writes, made where it is missing; contents: that, in words. Raises ValueError where
+    a file has that name."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; name a folder for results.json and report.html")
+        raise ValueError(f"--out {folder} is a file; name a folder for {contents}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -20,7 +20,7 @@ from logitstore_trainer.collect.source import Source
 from logitstore_trainer.collect.store_spec import store_spec
 from logitstore_trainer.collect.teacher_sample import TeacherSample, default_rows, draw_sample
 from logitstore_trainer.plan.page import choice_text, warnings_of
-from logitstore_trainer.plan.plan import make_plan
+from logitstore_trainer.plan.plan import PLAN_FILE, make_plan
 from logitstore_trainer.plan.sample import TextsOf
 from logitstore_trainer.progress import StageProgress
 from logitstore_trainer.units import bytes_text, duration_text
@@ -29,9 +29,9 @@ from logitstore_trainer.units import bytes_text, duration_text
 def settled_codec(source: Source, settings: CollectSettings) -> Codec | None:
     """The codec of this collection as far as it can be told without fitting one: None where that is still to be done.
 
-    Raises ValueError for options that make no codec, SpecMismatchError for tables of another vocabulary and where
-    settings.out holds samples of another collection, FileNotFoundError or CorruptionError where its tables are
-    missing or damaged.
+    Raises ValueError for options that make no codec and a plan that found none, SpecMismatchError for tables of another
+    vocabulary and where settings.out holds samples of another collection, FileNotFoundError or CorruptionError where
+    its tables are missing or damaged.
     """
     if settings.tables is not None:
         return _codec_of_tables(source, settings)
@@ -91,6 +91,11 @@ def _chosen_codec(
 def _codec_of_tables(source: Source, settings: CollectSettings) -> Codec:
     assert settings.tables is not None
     is_saved = (settings.tables / CONFIG_FILE).is_file()
+    if not is_saved and (settings.tables / PLAN_FILE).is_file():
+        raise ValueError(
+            f"--tables {settings.tables} holds a plan without a codec: nothing reached its goal, or it was "
+            "interrupted; plan again"
+        )
     codec = load_codec(settings.tables) if is_saved else logitstore.open(settings.tables).spec.codec
     if codec.vocab_size != source.info.vocab_size:
         raise SpecMismatchError(

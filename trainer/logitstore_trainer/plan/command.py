@@ -68,15 +68,16 @@ def run(args: argparse.Namespace) -> int:
     require_positive("rows", args.rows)
     require_positive("plan_rows", args.plan_rows)
     _require_one_sample(args)
+    from logitstore.codecs.registry import remove_saved_codec
     from logitstore.fit_cache import FitCache, default_cache_folder
     from logitstore_trainer.bench.environment import environment, output_folder, write_json
     from logitstore_trainer.plan.page import plan_table, recommendation_lines, write_page
-    from logitstore_trainer.plan.plan import make_plan
+    from logitstore_trainer.plan.plan import PLAN_FILE, make_plan
     from logitstore_trainer.plan.sample import FileSample
     from logitstore_trainer.report import format_table
     from logitstore_trainer.units import duration_text
 
-    folder = output_folder(args.out) if args.out is not None else None
+    folder = output_folder(args.out, "the fitted codec, plan.json and report.html") if args.out is not None else None
     cache = FitCache(default_cache_folder(), print) if args.use_cache else None
     choose_on = [FileSample(path) for path in args.choose_on]
     sample = _sample(args)
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
             seconds=planned.seconds,
         )
         shown = {"goal": vars(goal), "results": planned.results, "chosen": planned.chosen, "facts": facts}
-        write_json(folder / "plan.json", shown)
+        remove_saved_codec(folder)  # first, so that no plan ever stands beside the codec of another
+        write_json(folder / PLAN_FILE, shown)
         report = write_page(folder / "report.html", planned, goal, facts)
         if planned.codec is not None:
             planned.codec.save(folder)

@@ -29,6 +29,7 @@ from logitstore_trainer.plan.goal import Goal
 from logitstore_trainer.plan.sample import JoinedSample, PlanSample, SampleRows, TextsOf
 from logitstore_trainer.progress import Progress, StageProgress
 
+PLAN_FILE = "plan.json"
 MEASURED_ROWS, SIZED_ROWS = 1020, 20_000
 HELD_OUT_EVERY = 5
 UNFITTED = tuple({"k": k} for k in (8, 16, 32, 64))
