@@ -121,6 +121,9 @@ def test_sizes_and_fidelities_are_those_of_the_committed_rows() -> None:
         assert unseen["kl_t2"] < uniform["kl_t2"]
 
 
+_HEADS = (("log 0.5", " fitted"), ("int8", ""), ("fp8", ""), ("fp16", ""))
+
+
 def test_errors_of_asked_log_probs_and_costs_of_heads_are_those_of_the_committed_rows() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "storage.json").read_text())["results"]
     rows = {row["budget"] or configuration_text(row["config"]): row for row in results if row["codec"] == "topk"}
@@ -130,9 +133,13 @@ def test_errors_of_asked_log_probs_and_costs_of_heads_are_those_of_the_committed
         "off by {:.2f} nats on average in the 24 bytes a token above, by {:.2f} in the 104, by {:.2f} in topk int8"
     )
     assert expected.format(*asked) in text
-    log, fp16 = (rows[name] for name in ("log 0.5 k=64 fitted", "fp16 k=64"))
-    costs = log["bytes_of"]["values"], log["kl_t1"], fp16["bytes_of"]["values"], fp16["kl_t1"]
-    expected = "has {:.1f} bytes of values a token and a KL of {:.3f} at T = 1, topk fp16 k=64 {:.1f} and {:.3f}."
+    log, int8, fp8, fp16 = (rows[f"{head} k=64{fitted}"] for head, fitted in _HEADS)
+    assert f"{int8['kl_t1']:.3f}" == f"{fp16['kl_t1']:.3f}"
+    costs = fp16["kl_t1"], fp8["kl_t1"], log["kl_t1"], log["bytes_of"]["values"], fp16["bytes_of"]["values"]
+    expected = (
+        "have a KL of {:.3f} at T = 1, `fp8` {:.3f}, and the `log` steps of 0.5 nats that planned codecs take {:.3f} with "
+        "{:.1f} bytes of values a token, where fp16 has {:.1f}."
+    )
     assert expected.format(*costs) in text
     assert not any(row["config"].get("head") == "sqrtp" for row in results)
 
