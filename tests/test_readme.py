@@ -137,8 +137,8 @@ def test_errors_of_asked_log_probs_and_costs_of_heads_are_those_of_the_committed
     assert f"{int8['kl_t1']:.3f}" == f"{fp16['kl_t1']:.3f}"
     costs = fp16["kl_t1"], fp8["kl_t1"], log["kl_t1"], log["bytes_of"]["values"], fp16["bytes_of"]["values"]
     expected = (
-        "have a KL of {:.3f} at T = 1, `fp8` {:.3f}, and the `log` steps of 0.5 nats that planned codecs take {:.3f} with "
-        "{:.1f} bytes of values a token, where fp16 has {:.1f}."
+        "have a KL of {:.3f} at T = 1, `fp8` {:.3f}, and the `log` steps of 0.5 nats that planned codecs take {:.3f} "
+        "with {:.1f} bytes of values a token, where fp16 has {:.1f}."
     )
     assert expected.format(*costs) in text
     assert not any(row["config"].get("head") == "sqrtp" for row in results)
