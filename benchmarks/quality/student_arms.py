@@ -141,8 +141,11 @@ def _codecs(rows_folder: Path, vocab_size: int, names: Collection[str]) -> Itera
     sample = prepared(fit, range(len(fit)), choose_on, quick=False, cache=FitCache(default_cache_folder(), print))
     codecs = {planned.budget: planned.codec for planned in planned_codecs(sample, BUDGETS)}
     for name, budget in budgets.items():
-        if name in names:
-            yield name, codecs[budget]
+        if name not in names:
+            continue
+        if budget not in codecs:
+            raise ValueError(f"no configuration of the plan keeps to {name} a token; see `logitstore plan` on these rows")
+        yield name, codecs[budget]
 
 
 def _write_store(path: Path, codec: Any, rows: LogitsFile, name: str) -> float:
