@@ -144,7 +144,7 @@ def _codecs(rows_folder: Path, vocab_size: int, names: Collection[str]) -> Itera
         if name not in names:
             continue
         if budget not in codecs:
-            raise ValueError(f"no configuration of the plan keeps to {name} a token; see `logitstore plan` on these rows")
+            raise ValueError(f"no configuration of the plan keeps to {name} a token")
         yield name, codecs[budget]
 
 
