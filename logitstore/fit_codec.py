@@ -21,7 +21,7 @@ from logitstore.tail_fit import TailFitSettings, fit_tail_model
 from logitstore.tail_model import TailModel
 from logitstore.tail_moments import COARSE, encode_moments
 from logitstore.tail_predictor import TailPredictor
-from logitstore.tail_rank import with_rank
+from logitstore.tail_rank import default_rank, with_rank
 from logitstore.tail_rows import ENTRIES, Sample, TailRows, tail_rows
 from logitstore.targets import TeacherTargets
 from logitstore.temperature import segment_logsumexp, shifted_head
@@ -51,7 +51,7 @@ def fitted_on_samples(
     rows = tail_rows(samples, codec.vocab_size, on_rows=counted(on_progress, "rows"))
     tail = codec.tables.tail if codec.tables is not None else None
     if tail is None:
-        tail = fit_tail(rows, on_progress=on_progress, cache=cache)
+        tail = fit_tail(rows, rank=default_rank(codec.tail_step), on_progress=on_progress, cache=cache)
     if codec.k <= ENTRIES:
         return fitted_on_rows(codec, rows, tail, on_progress)
     targets = list(_targets_of_samples(codec.unfitted(), samples, counted(on_progress, "rows again")))
@@ -83,7 +83,8 @@ def _targets_of_samples(
 def fitted_on_rows(
     codec: "TopKCodec", rows: TailRows, tail: TailModel | None = None, on_progress: OnProgress | None = None
 ) -> "TopKCodec":
-    """The codec, of at most 64 entries, fitted to rows; tail: a model that was fitted before, None to fit one."""
+    """The codec, of at most 64 entries, fitted to rows; tail: a model that was fitted before, taken as it is, None to
+    fit one of default_rank coefficients."""
     return _fitted(codec, rows, list(targets_of_rows(codec.unfitted(), rows)), tail, on_progress)
 
 
@@ -162,7 +163,9 @@ def _fitted(
     tables = fit_tables(joined(targets), codec.head_format, codec.vocab_size)
     if codec.tail != "predicted":
         return codec.refitted(tables)
-    tables = replace(tables, tail=tail if tail is not None else fit_tail(rows, on_progress=on_progress))
+    if tail is None:
+        tail = fit_tail(rows, rank=default_rank(codec.tail_step), on_progress=on_progress)
+    tables = replace(tables, tail=tail)
     if codec.tail_step is not None:
         left_over = _left_over(rows, targets, tables.predictor, on_progress)
         tables = replace(tables, corrections=fit_corrections(codec.tail_step, *left_over))

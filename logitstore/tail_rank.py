@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 MEASURED_ROWS = 30_000
 N_ENTRIES = 16
+FEW, FINE_STEP = 256, 0.11
+
+
+def default_rank(tail_step: float | None) -> int | None:
+    """How many coefficients a codec of this tail_step is fitted with: FEW, or None for all, where corrections are fine.
+
+    Corrections say what lies outside the directions only if it is more than a step or so. Where they are coarser than
+    FINE_STEP, or there are none, all coefficients save less than 5 % of the KL of FEW at equal bytes on the teacher
+    that was measured (benchmarks/results/codec_checks.jsonl), and cost more to train with.
+    """
+    return None if tail_step is not None and tail_step < FINE_STEP else FEW
 
 
 def with_rank(model: TailModel, rows: TailRows, rank: int, *, seed: int = 0) -> TailModel:

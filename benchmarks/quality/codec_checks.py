@@ -1,10 +1,12 @@
-"""Four questions to fitted codecs on real rows that `bench storage` does not ask.
+"""Five questions to fitted codecs on real rows that `bench storage` does not ask.
 
     python benchmarks/quality/codec_checks.py --rows codec-rows --out codec-checks.json
 
 - ids: bits an id in our candidate lists, against the rank of its frequency in planes under zstd.
 - length: bytes a token of sequences of 64 tokens against 1,024; fewer rows share what a blob costs.
-- rank: KL of predicted tails with 128, 256 and all coefficients, at equal bytes.
+- rank: bytes and KL of predicted tails with 128, 256 and all coefficients, without corrections and by their step; and
+  at the budgets of the README, what share of KL all coefficients save over 256 (log-log between the steps).
+- heads: bytes and KL of how log-probs are kept, behind the same selection and predicted tail.
 - sampling: what a sample of the tail adds to the squared error of the loss's gradient at T = 1 as variance, drawn from
   the teacher's tail (varopt) or from what the prediction leaves over (a control variate, unbiased as well), and what
   the prediction alone leaves as squared bias.
@@ -32,17 +34,24 @@ import logitstore
 from logitstore.codecs.byte_split import byte_split
 from logitstore.codecs.topk import TopKCodec
 from logitstore.fit_cache import FitCache, default_cache_folder
-from logitstore.fit_codec import fitted_on_rows
+from logitstore.fit_codec import fitted_on_rows, fitted_steps
 from logitstore.logits_source import FactoredLogits
 from logitstore.tail_rank import with_rank
 
 SHORT, LONG = 64, 1024
 RANKS = (128, 256, None)
-STEPS = (0.15, 0.1, 0.07)
+STEPS = (None, 0.15, 0.12, 0.1, 0.085, 0.07, 0.0585)
+RANK_BUDGETS = (24.0, 40.0, 60.0)
+HEADS = (
+    *(("log", step) for step in (0.25, 0.5, 1.0)),
+    *(("sqrtp", 1 / parts) for parts in (128, 64, 32)),
+    *((name, None) for name in ("int8", "fp8", "fp16")),
+)
 KINDS = ("gsm8k", "instructions", "documentation")
+KLS = ("kl_t1", "kl_t2")
 LEAST_P = 0.01
 DRAWN = (4, 8, 12, 16)
-TEXTS_OF_A_KIND = 4  # for the questions whose answers need full distributions
+TEXTS_OF_A_KIND = 6  # for the questions whose answers need full distributions
 
 
 def main() -> int:
@@ -67,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "ids": ids_answer(sample, kinds),
         "length": length_answer(sample, kinds),
         "rank": rank_answer(sample, kinds),
+        "heads": heads_answer(sample, kinds),
         "sampling": sampling_answer(sample, kinds),
         "environment": environment(command=f"python benchmarks/quality/codec_checks.py {' '.join(sys.argv[1:])}"),
     }
@@ -74,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if args.append:
         with args.append.open("a") as rows:
             rows.write(json.dumps(answers, allow_nan=False) + "\n")
-    print(json.dumps({name: answers[name] for name in ("ids", "length", "rank", "sampling")}, indent=1))
+    print(json.dumps({name: answers[name] for name in ("ids", "length", "rank", "heads", "sampling")}, indent=1))
     return 0
 
 
@@ -130,15 +140,45 @@ def _of_length(file: LogitsFile, length: int) -> Iterator[LogitsSample]:
         yield LogitsSample(tokens[rows], FactoredLogits(hidden[rows], parts[0].logits.lm_head))
 
 
-def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str, Any]]:
-    """Bytes and KL (T = 1 and T = 2, mean of the kinds) with few and with all coefficients, at three steps each."""
+def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> dict[str, Any]:
+    """The rows, by rank and step, and by budget the share of KL that all coefficients save over the rank before."""
     codecs = {}
     for rank in RANKS:
         tail = sample.tail if rank is None else with_rank(sample.tail, sample.rows, min(rank, sample.tail.rank))
-        for step in STEPS:
-            codec = _codec(sample, min_prob=0.005, tail="predicted", tail_step=step)
-            codecs[tail.rank, step] = fitted_on_rows(codec, sample.rows, tail)
-    sums = {key: np.zeros(4) for key in codecs}
+        head = _codec(sample, min_prob=0.005, tail="predicted")
+        codecs |= {(tail.rank, codec.tail_step): codec for codec in fitted_steps(head, sample.rows, tail, STEPS)}
+    rows = [
+        {"rank": rank, "tail_step": step, **measured, "tail_macs": codecs[rank, step].tables.tail.row_macs(16)}
+        for (rank, step), measured in _measured(codecs, kinds).items()
+    ]
+    few, full = sorted({row["rank"] for row in rows})[-2:]
+    saved = {
+        f"{budget:g}": {name: 1 - _at(rows, full, budget, name) / _at(rows, few, budget, name) for name in KLS}
+        for budget in RANK_BUDGETS
+    }
+    return {"rows": rows, "saved_by_all_over": few, "saved": saved}
+
+
+def _at(rows: list[dict[str, Any]], rank: int, budget: float, kl_name: str) -> float:
+    """KL at a budget of bytes, log-log between the steps of corrections."""
+    points = sorted((row["bytes_per_token"], row[kl_name]) for row in rows if row["rank"] == rank and row["tail_step"])
+    sizes, kls = np.log(np.array(points)).T
+    return float(np.exp(np.interp(np.log(budget), sizes, kls)))
+
+
+def heads_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str, Any]]:
+    """Rows by head and step, of entries with p >= 0.005 and a predicted tail without corrections."""
+    codecs = {}
+    for head, step in HEADS:
+        codec = _codec(sample, head=head, head_step=step, min_prob=0.005, tail="predicted")
+        codecs[head, step] = fitted_on_rows(codec, sample.rows, sample.tail_for(None))
+    measured = _measured(codecs, kinds)
+    return [{"head": head, "head_step": step, **row} for (head, step), row in measured.items()]
+
+
+def _measured(codecs: dict[Any, TopKCodec], kinds: dict[str, LogitsFile]) -> dict[Any, dict[str, float]]:
+    """Bytes a token, those of values among them, and KL at T = 1 and T = 2 of each codec on the same rows."""
+    sums = {key: np.zeros(5) for key in codecs}
     for file in kinds.values():
         for number in np.linspace(0, len(file) - 1, TEXTS_OF_A_KIND).astype(int).tolist():
             text = file[number]
@@ -146,19 +186,12 @@ def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> list[dict[str
             teacher = {t: TeacherRows.of(text.logits, n_rows, file.vocab_size, t) for t in (1.0, 2.0)}
             for key, codec in codecs.items():
                 targets = codec.targets_from_logits(text.logits, text.input_ids)
+                blob = codec.encode(targets, text.input_ids)
+                values = byte_split(codec, targets, blob)["values"]
                 kls = [divergences_from(of, targets.dense_logprobs(t)).kl.sum() for t, of in teacher.items()]
-                sums[key] += (len(codec.encode(targets, text.input_ids)), *kls, n_rows)
-    return [
-        {
-            "rank": rank,
-            "tail_step": step,
-            "bytes_per_token": float(total[0] / total[3]),
-            "kl_t1": float(total[1] / total[3]),
-            "kl_t2": float(total[2] / total[3]),
-            "tail_macs": codecs[rank, step].tables.tail.row_macs(16),
-        }
-        for (rank, step), total in sums.items()
-    ]
+                sums[key] += (len(blob), values, *kls, n_rows)
+    names = ("bytes_per_token", "value_bytes_per_token", *KLS)
+    return {key: dict(zip(names, (total[:4] / total[4]).tolist(), strict=True)) for key, total in sums.items()}
 
 
 def sampling_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> dict[str, Any]:
@@ -200,8 +233,8 @@ def _sampling_variance(falling_RV: np.ndarray, drawn: int) -> np.ndarray:
 
 
 def _codec(sample: Prepared, **options: Any) -> TopKCodec:
-    fixed: dict[str, Any] = {"head": "log", "head_step": 0.5, "k": 64}
-    return logitstore.make_codec("topk", vocab_size=sample.tail.vocab_size, **fixed, **options)
+    common: dict[str, Any] = {"head": "log", "head_step": 0.5, "k": 64}
+    return logitstore.make_codec("topk", vocab_size=sample.tail.vocab_size, **common | options)
 
 
 if __name__ == "__main__":

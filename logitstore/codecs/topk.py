@@ -126,6 +126,11 @@ class TopKCodec:
         return self.tables_sha256 is not None
 
     @property
+    def tail_rank(self) -> int | None:
+        """Coefficients of a predicted tail (tail_rank.py), None for another tail or without its tables."""
+        return self.tables.tail.rank if self.tables is not None and self.tables.tail is not None else None
+
+    @property
     def codec_id(self) -> int:
         """1 unfitted, 2 fitted: the number in the header of its blobs."""
         return flat_layout.CODEC_ID if self.tables_sha256 is None else ranked_layout.CODEC_ID

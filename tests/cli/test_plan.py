@@ -14,7 +14,7 @@ from logitstore_trainer.collect.teacher_sample import drawn_texts
 from logitstore_trainer.plan.goal import Goal
 from logitstore_trainer.plan.page import warnings_of
 from logitstore_trainer.plan.plan import PREDICTED, RESIDUAL, UNFITTED, Planned, mark_frontier
-from made_up_teacher import V, teacher_samples
+from made_up_teacher import D, V, teacher_samples
 from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -71,6 +71,7 @@ def test_its_numbers_are_those_of_the_codec_that_it_saved(planned: tuple[Path, d
         name: value for name, value in codec.config.items() if name != "tables"
     }
     assert (codec.tables is None) == (best["table_bytes"] == 0)
+    assert codec.tail_rank == best["tail_rank"]
     n_bytes, kl, n_rows = [], 0.0, 0
     held_out = teacher_samples(0, 30, 30)[4::5]
     for number, (logits, ids, _) in enumerate(held_out):
@@ -162,6 +163,29 @@ def test_a_vocabulary_too_small_to_plan_for_gets_one_line(tmp_path: Path, capsys
 def test_bad_goals_get_one_line(logits_file: Path, arguments, message, capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--logits", str(logits_file), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_coarse_corrections_and_none_get_fewer_coefficients(
+    logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps in between two of a plan, too."""
+    monkeypatch.setattr("logitstore.tail_rank.FEW", 7)
+    monkeypatch.setattr("logitstore_trainer.plan.plan.FEW", 7)
+    monkeypatch.setattr("logitstore_trainer.plan.plan.RESIDUAL", ())
+    monkeypatch.setattr(
+        "logitstore_trainer.plan.plan.PREDICTED",
+        tuple({"head": "log", "k": 64, "tail": "predicted", "tail_step": step} for step in (None, 0.4, 0.2, 0.05)),
+    )
+    arguments = ["plan", "--logits", str(logits_file), "--rows", "60", "--out", str(tmp_path)]
+    assert main([*arguments, "--max-kl", "0.01"]) == 0
+    results = json.loads((tmp_path / "plan.json").read_text())["results"]
+    found = {
+        row["config"].get("tail_step"): row["tail_rank"] for row in results if row["config"]["tail"] == "predicted"
+    }
+    assert {None: 7, 0.4: 7, 0.2: 7, 0.05: D}.items() <= found.items()
+    assert len(found) == 5
+    assert all(rank == (7 if step is None or step > 0.11 else D) for step, rank in found.items())
+    assert all(row["tail_rank"] is None for row in results if row["config"]["tail"] == "residual")
 
 
 def test_what_is_on_the_frontier() -> None:

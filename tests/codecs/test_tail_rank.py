@@ -6,10 +6,11 @@ import torch
 from made_up_teacher import SETTINGS, D, V, teacher_samples
 
 import logitstore
-from logitstore.fit_codec import fit_tail
+from logitstore.fit_codec import fit_tail, fitted_on_rows
+from logitstore.tail_fit import fit_tail_model
 from logitstore.tail_model import TailModel
 from logitstore.tail_predictor import TailPredictor
-from logitstore.tail_rank import with_rank
+from logitstore.tail_rank import default_rank, with_rank
 from logitstore.tail_rows import TailRows, tail_rows
 
 
@@ -58,8 +59,6 @@ def test_its_directions_lose_less_than_the_first_ones_of_the_full_model(model: T
 
 
 def test_a_codec_with_corrections_works_in_fewer_directions(model: TailModel, rows: TailRows) -> None:
-    from logitstore.fit_codec import fitted_on_rows
-
     kls = []
     for rank in (3, 9):
         codec = logitstore.make_codec("topk", vocab_size=V, k=8, head="log", tail="predicted", tail_step=0.05)
@@ -79,6 +78,22 @@ def test_the_full_rank_is_the_model_itself_and_more_is_refused(model: TailModel,
     for rank in (0, D + 1):
         with pytest.raises(ValueError, match=f"rank must be 1 to {D}.*got {rank}"):
             with_rank(model, rows, rank)
+
+
+def test_codecs_of_coarse_corrections_or_none_are_fitted_in_fewer_coefficients(
+    rows: TailRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By calibrate and on rows alike; a tail model that is given is taken as it is."""
+    assert [default_rank(step) for step in (None, 0.12, 0.1)] == [256, 256, None]
+    monkeypatch.setattr("logitstore.tail_rank.FEW", 7)
+    monkeypatch.setattr("logitstore.fit_codec.fit_tail_model", lambda rows, _, **__: made)
+    made = fit_tail_model(rows, SETTINGS)
+    logits, ids, _ = zip(*teacher_samples(0, 100), strict=True)
+    for step, expected in ((None, 7), (0.5, 7), (0.1, D)):
+        codec = logitstore.make_codec("topk", vocab_size=V, k=8, head="log", tail="predicted", tail_step=step)
+        assert logitstore.calibrate(codec, logits, ids).tail_rank == expected
+        assert fitted_on_rows(codec, rows).tail_rank == expected
+        assert fitted_on_rows(codec, rows, made).tail_rank == D
 
 
 def test_fit_tail_takes_a_rank(rows: TailRows, model: TailModel) -> None:

@@ -66,6 +66,8 @@ class StoreCandidate:
         self.reads_hidden = self.made.tail == "predicted"
         self.config = dict(self.made.config)
         self.codec = str(self.config.pop("name"))
+        if self.reads_hidden:
+            self.config["tail_rank"] = self.made.tail_rank
         if self.made.tables is not None:
             self.table_bytes = len(self.made.tables.file_bytes)
         if self.made.tail == "sampled":

@@ -46,6 +46,6 @@ def log_softmax_rows(x_RV: NDArray[Any], temperature: float) -> NDArray[np.float
     out_RV = np.empty(x_RV.shape, np.float32)
     n_chunk = max(1, (16 << 20) // (8 * x_RV.shape[1]))
     for start in range(0, len(x_RV), n_chunk):
-        part = torch.from_numpy(np.ascontiguousarray(x_RV[start : start + n_chunk])).double() / temperature
+        part = torch.from_numpy(np.array(x_RV[start : start + n_chunk])).double() / temperature
         out_RV[start : start + n_chunk] = part.log_softmax(1).numpy()
     return out_RV

@@ -43,12 +43,13 @@ _FLAT = tuple(
     for head, k in (*(("int8", k) for k in (8, 16, 32, 64, 128)), ("fp8", 64), ("fp16", 64))
 )
 _FITTED = tuple(Preset({"name": "topk", "head": "log", "head_step": 0.5, "k": k}, fitted=True) for k in (16, 64))
+_SQRTP = Preset({"name": "topk", "head": "sqrtp", "head_step": 1 / 128, "k": 64}, fitted=True)
 _SAMPLED = (
     Preset({"name": "varopt", "k": 12}),
     Preset({"name": "varopt", "max_weight": 0.035}),  # about the bytes of 50 draws
     Preset({"name": "rskd", "draws": 50}),
 )
-PRESETS = (*_FLAT, *_FITTED, *_SAMPLED)
+PRESETS = (*_FLAT, *_FITTED, _SQRTP, *_SAMPLED)
 QUICK_PRESETS = (*(preset for preset in _FLAT if preset.options["k"] in (16, 64)), *_FITTED, *_SAMPLED)
 QUICK_ROWS = 1024  # of each kind of text
 BUDGETS = (16.0, 24.0, 40.0, 64.0, 104.0)

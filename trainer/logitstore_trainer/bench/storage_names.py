@@ -7,12 +7,15 @@ DISTILLKIT = "DistillKit"
 
 def configuration_text(config: dict[str, Any]) -> str:
     """What tells configurations apart in a few words: "int8 k=64", "k=64 int64 snappy", "log 0.5 k=16 fitted",
-    "log 0.5 p>=0.005 predicted 0.13"."""
-    words = [str(config[name]) for name in ("head", "head_step") if name in config]
+    "log 0.5 p>=0.005 predicted 0.13", "log 0.5 p>=0.005 predicted 0.13 r=256" where the coefficients are known."""
+    words = [
+        f"{config[name]:g}" if name == "head_step" else config[name] for name in ("head", "head_step") if name in config
+    ]
     words += [size_text(config)] if size_text(config) else []
     words += [str(config[name]) for name in ("ids", "compression") if name in config]
     if config.get("tail") == "predicted":
-        return " ".join([*words, "predicted", *([f"{config['tail_step']:g}"] if "tail_step" in config else [])])
+        words += ["predicted", *([f"{config['tail_step']:g}"] if "tail_step" in config else [])]
+        return " ".join([*words, *([f"r={config['tail_rank']}"] if "tail_rank" in config else [])])
     return " ".join([*words, "fitted"] if "tables" in config else words)
 
 

@@ -17,7 +17,8 @@ FEW_ROWS_FITTED = 10_000
 PRECISION = 0.1
 _MEANING = (
     "bytes/token: blobs, everything counted, on rows that no fit has seen; tables: stored once beside the data. "
-    "KL(teacher || what is read back) in nats, one standard error over samples behind it. *: on the frontier."
+    "r: coefficients of a predicted tail. KL(teacher || what is read back) in nats, one standard error over samples "
+    "behind it. *: on the frontier."
 )
 
 
@@ -32,14 +33,15 @@ def in_words(config: dict[str, Any]) -> str:
 def plan_table(results: Sequence[dict[str, Any]], goal: "Goal") -> tuple[list[str], list[list[Any]]]:
     """(headers, rows), fewest bytes first."""
     names = [f"{temperature:g}" for temperature in goal.temperatures]
-    headers = ["", "configuration", "bytes/token", "tables MB", "entries", *(f"KL T={name}" for name in names)]
+    headers = ["", "configuration", "r", "bytes/token", "tables MB", "entries", *(f"KL T={name}" for name in names)]
     rows = []
     for row in sorted(results, key=lambda row: row["bytes_per_token"]):
         kls = [f"{row['kl'][name]:.4f}" + _error(row["kl_se"][name]) for name in names]
         size = f"{row['bytes_per_token']:.1f}" + _error(row["bytes_per_token_se"])
         star = "*" if row["frontier"] else ""
         tables = f"{row['table_bytes'] / 1e6:.1f}"
-        rows.append([star, in_words(row["config"]), size, tables, f"{row['entries']:.1f}", *kls])
+        rank = "" if row["tail_rank"] is None else row["tail_rank"]
+        rows.append([star, in_words(row["config"]), rank, size, tables, f"{row['entries']:.1f}", *kls])
     return headers, rows
 
 

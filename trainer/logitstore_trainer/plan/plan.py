@@ -1,11 +1,13 @@
 """Which codec for a goal: configurations fitted on one part of a sample and measured on another that no fit has seen.
 
-The tail model is fitted once and serves every configuration; what is fitted for each are lists, symbol tables and the
-tables of corrections. Nothing is chosen on rows that are reported elsewhere: they are the planner's own.
+The tail model is fitted once and serves every configuration, in fewer coefficients where its corrections are coarse
+(tail_rank.default_rank); what is fitted for each are lists, symbol tables and the tables of corrections. Nothing is
+chosen on rows that are reported elsewhere: they are the planner's own.
 
 Letters: R rows, V vocabulary. T is the temperature.
 """
 
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from logitstore.fit_codec import counted, fit_tail, fitted_on_rows, fitted_steps
 from logitstore.logits_source import full_logits
 from logitstore.tail_fit import TailFitSettings
 from logitstore.tail_model import TailModel
+from logitstore.tail_rank import FEW, default_rank, with_rank
 from logitstore.tail_rows import TailRows, tail_rows
 from logitstore_trainer.bench.fidelity import Estimate, estimate, row_divergences
 from logitstore_trainer.plan.goal import Goal
@@ -104,9 +107,10 @@ def make_plan(
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """rows, tail: what every configuration is fitted to. measured: texts that KL is measured on. sized: the rows that
-    bytes are counted on; these are many more, for counting is cheap. None of either is fitted on. sized_kinds [S]: of
-    which kind each text of sized is; bytes differ more between kinds than within one, and there are as many of each."""
+    """rows, tail: what every configuration is fitted to, the tail in all coefficients. measured: texts that KL is
+    measured on. sized: the rows that bytes are counted on; these are many more, for counting is cheap. None of either
+    is fitted on. sized_kinds [S]: of which kind each text of sized is; bytes differ more between kinds than within one,
+    and there are as many of each."""
 
     rows: TailRows
     tail: TailModel
@@ -114,6 +118,14 @@ class Prepared:
     n_measured_rows: int
     sized: TailRows
     sized_kinds: NDArray[np.int64]
+
+    def tail_for(self, tail_step: float | None) -> TailModel:
+        """The tail model of codecs of this tail_step."""
+        return self.tail if default_rank(tail_step) is None else self._tail_of_few
+
+    @functools.cached_property
+    def _tail_of_few(self) -> TailModel:
+        return with_rank(self.tail, self.rows, min(FEW, self.tail.rank))
 
 
 def prepare(
@@ -168,7 +180,7 @@ def measured_candidates(
     """Each configuration, fitted, with its row of results; shows progress."""
     total = len(UNFITTED) + len(RESIDUAL) + len(PREDICTED)
     with Progress(total=total, desc="measure", unit="codecs") as display:
-        for codec in candidates(prepared.rows, prepared.tail):
+        for codec in candidates(prepared):
             yield codec, measured_codec(codec, prepared, temperatures)
             display.update()
 
@@ -182,8 +194,8 @@ def between_candidates(
     if options is None:
         return
     with Progress(total=1, desc="measure a step between", unit="codecs") as display:
-        head = _codec(len(prepared.rows.lm_head), {**options, "tail_step": None})
-        for codec in fitted_steps(head, prepared.rows, prepared.tail, [options["tail_step"]]):
+        head, step = _codec(len(prepared.rows.lm_head), {**options, "tail_step": None}), options["tail_step"]
+        for codec in fitted_steps(head, prepared.rows, prepared.tail_for(step), [step]):
             yield codec, measured_codec(codec, prepared, goal.temperatures)
             display.update()
 
@@ -195,15 +207,20 @@ def fitted_tail(texts: TextsOf, settings: TailFitSettings, cache: FitCache | Non
         return rows, fit_tail(rows, settings, on_progress=display, cache=cache)
 
 
-def candidates(rows: TailRows, tail: TailModel) -> Iterator[TopKCodec]:
+def candidates(prepared: Prepared) -> Iterator[TopKCodec]:
     """Every configuration, fitted where it has something to fit."""
-    vocab_size = len(rows.lm_head)
+    rows, vocab_size = prepared.rows, len(prepared.rows.lm_head)
     for options in UNFITTED:
         yield _codec(vocab_size, options)
     for options in RESIDUAL:
         yield fitted_on_rows(_codec(vocab_size, options), rows)
-    for head, group in groupby(PREDICTED, key=lambda options: {**options, "tail_step": None}):
-        yield from fitted_steps(_codec(vocab_size, head), rows, tail, [options["tail_step"] for options in group])
+    for (head, _), group in groupby(PREDICTED, key=_head_and_rank):
+        steps = [options["tail_step"] for options in group]
+        yield from fitted_steps(_codec(vocab_size, head), rows, prepared.tail_for(steps[0]), steps)
+
+
+def _head_and_rank(options: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    return {**options, "tail_step": None}, default_rank(options["tail_step"])
 
 
 def _codec(vocab_size: int, options: dict[str, Any]) -> TopKCodec:
@@ -223,8 +240,8 @@ def _spread_numbers(row_counts: NDArray[np.int64], held_out: Sequence[int], n_ro
 
 
 def measured_codec(codec: TopKCodec, prepared: Prepared, temperatures: Sequence[float]) -> dict[str, Any]:
-    """A row of results: config, bytes_per_token with its standard error over texts, table_bytes, entries a row, kl and
-    kl_se by temperature."""
+    """A row of results: config, tail_rank (coefficients of a predicted tail, else None), bytes_per_token with its
+    standard error over texts, table_bytes, entries a row, kl and kl_se by temperature."""
     blob_bytes, rows_sized, n_entries = [], [], 0
     for targets in targets_of_rows(codec, prepared.sized):
         blob_bytes.append(len(codec.encode(targets, targets.input_ids)))
@@ -235,6 +252,7 @@ def measured_codec(codec: TopKCodec, prepared: Prepared, temperatures: Sequence[
     config = {name: value for name, value in codec.config.items() if name not in ("name", "vocab_size", "tables")}
     return {
         "config": config,
+        "tail_rank": codec.tail_rank,
         "bytes_per_token": size.mean,
         "bytes_per_token_se": size.se,
         "table_bytes": len(codec.tables.file_bytes) if codec.tables is not None else 0,
