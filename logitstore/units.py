@@ -119,7 +119,17 @@ class Units:
         path = work_path(self.path) / _COUNTS
         if not path.exists():
             _write_json(path, [self._n_samples(number) for number in range(len(self))])
-        return json.loads(path.read_text())
+        try:
+            counts = json.loads(path.read_text())
+        except ValueError:
+            counts = None
+        is_sound = isinstance(counts, list) and len(counts) == len(self)
+        if not is_sound or not all(type(count) is int and count >= 0 for count in counts):
+            raise CorruptionError(
+                f"{path} does not say how many samples each of {len(self)} units has; "
+                f"delete {path.parent} to start anew"
+            )
+        return counts
 
     def _n_samples(self, number: int) -> int:
         with contextlib.closing(ShardReader(self._unit_path(number))) as unit:

@@ -245,6 +245,11 @@ def test_what_does_not_fit_is_refused_when_units_are_joined(tmp_path: Path, samp
     (work_path(path) / "units-done.json").write_text(json.dumps([counts[0] + 1, *counts[1:]]))
     with pytest.raises(CorruptionError, match=r"000000\.parquet has 24 samples, had 25 when it was done; delete"):
         units.join()
+    for damaged in ("", "{}", "[1]", json.dumps([-1, *counts[1:]]), json.dumps([True, *counts[1:]]), b"\xff"):
+        data = damaged if isinstance(damaged, bytes) else damaged.encode()
+        (work_path(path) / "units-done.json").write_bytes(data)
+        with pytest.raises(CorruptionError, match=r"units-done\.json does not say how many samples each of .*; delete"):
+            units.join()
     (work_path(path) / "units.json").write_text("{")
     with pytest.raises(FormatError, match=r"units\.json cannot be read .*; delete .* to start anew"):
         read_unit_plan(path)
