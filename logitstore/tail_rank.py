@@ -28,9 +28,9 @@ FEW, FINE_STEP = 256, 0.11
 def default_rank(tail_step: float | None) -> int | None:
     """How many coefficients a codec of this tail_step is fitted with: FEW, or None for all, where corrections are fine.
 
-    Corrections can say of the left-over only what lies along the directions, so all coefficients pay where steps are fine.
-    On the teacher that was measured (benchmarks/results/codec_checks.jsonl) they save 1 % of the KL of FEW at 24 bytes a
-    token and less below, 3 % at 40, 12 % at 60; they cost twice the arithmetic to train with.
+    Corrections can say of the left-over only what lies along the directions, so all coefficients pay where steps are
+    fine. On the teacher that was measured (benchmarks/results/codec_checks.jsonl) they save 1 % of the KL of FEW at 24
+    bytes a token and less below, 3 % at 40, 12 % at 60; they cost twice the arithmetic to train with.
     """
     return None if tail_step is not None and tail_step < FINE_STEP else FEW
 
