@@ -121,7 +121,7 @@ def test_sizes_and_fidelities_are_those_of_the_committed_rows() -> None:
         assert unseen["kl_t2"] < uniform["kl_t2"]
 
 
-_HEADS = (("log 0.5", " fitted"), ("int8", ""), ("fp8", ""), ("fp16", ""))
+_HEADS = (("log 0.5", " fitted"), ("sqrtp 0.0078125", " fitted"), ("int8", ""), ("fp8", ""), ("fp16", ""))
 
 
 def test_errors_of_asked_log_probs_and_costs_of_heads_are_those_of_the_committed_rows() -> None:
@@ -133,15 +133,27 @@ def test_errors_of_asked_log_probs_and_costs_of_heads_are_those_of_the_committed
         "off by {:.2f} nats on average in the 24 bytes a token above, by {:.2f} in the 104, by {:.2f} in topk int8"
     )
     assert expected.format(*asked) in text
-    log, int8, fp8, fp16 = (rows[f"{head} k=64{fitted}"] for head, fitted in _HEADS)
+    log, sqrtp, int8, fp8, fp16 = (rows[f"{head} k=64{fitted}"] for head, fitted in _HEADS)
     assert f"{int8['kl_t1']:.3f}" == f"{fp16['kl_t1']:.3f}"
-    costs = fp16["kl_t1"], fp8["kl_t1"], log["kl_t1"], log["bytes_of"]["values"], fp16["bytes_of"]["values"]
+    values = [row["bytes_of"]["values"] for row in (log, sqrtp, fp16)]
     expected = (
-        "have a KL of {:.3f} at T = 1, `fp8` {:.3f}, and the `log` steps of 0.5 nats that planned codecs take {:.3f} "
-        "with {:.1f} bytes of values a token, where fp16 has {:.1f}."
+        "have a KL of {:.3f} at T = 1, `fp8` {:.3f}, and fitted the `log` steps of 0.5 nats that planned codecs take "
+        "{:.3f} with {:.1f} bytes of values a token, `sqrtp` steps of 1/128 {:.3f} with {:.1f}, where fp16 has {:.1f}."
     )
+    costs = fp16["kl_t1"], fp8["kl_t1"], log["kl_t1"], values[0], sqrtp["kl_t1"], values[1], values[2]
     assert expected.format(*costs) in text
-    assert not any(row["config"].get("head") == "sqrtp" for row in results)
+
+
+def test_answers_about_heads_and_coefficients_are_those_of_the_committed_row() -> None:
+    row = json.loads((ROOT / "benchmarks" / "results" / "codec_checks.jsonl").read_text().splitlines()[-1])
+    heads = {(head["head"], head["head_step"]): head for head in row["heads"]}
+    text = " ".join(README.split())
+    for name in (("log", 0.5), ("log", 0.25), ("sqrtp", 1 / 32), ("fp8", None)):
+        size, kl = heads[name]["bytes_per_token"], heads[name]["kl_t1"]
+        assert re.search(rf"{size:.1f}(?: bytes a token, KL|,) {kl:.4f}", text)
+    saved = row["rank"]["saved"]
+    expected = "save {:.1%} of the KL of 256 at 24 bytes a token, {:.1%} at 40 and {:.1%} at 60"
+    assert expected.format(*(saved[budget]["kl_t1"] for budget in ("24", "40", "60"))) in text
 
 
 def test_the_example_of_asked_log_probs_runs(tmp_path: Path) -> None:
