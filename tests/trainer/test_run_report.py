@@ -179,6 +179,24 @@ def test_the_progress_of_a_resumed_run_counts_the_steps_of_the_whole_run(config,
     assert lines[-1].startswith("train: 11/11 (100 %) steps, 0.1667 steps/s, 30 s; loss ")
 
 
+def test_held_out_figures_of_the_last_step_are_taken_once_and_within_the_training(config):
+    """Reporters that close their run when training ends would begin another one for what is logged later."""
+    seen = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.extend(name for name in ("kl", "eval_kl") if name in logs)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.append("end")
+
+    metrics = train(dataclasses.replace(config, eval_every=11), callbacks=[Log()])
+    assert seen[-3:] == ["kl", "eval_kl", "end"]
+    assert seen.count("eval_kl") == 1
+    last = [entry for entry in metrics["history"] if "eval_kl" in entry][-1]
+    assert (last["step"], last["eval_kl"]) == (11, metrics["eval_kl"])
+
+
 def test_several_reporters_are_named_with_commas(store_path, tmp_path, capsys):
     arguments = ["train", "--student", STUDENT, "--data", str(store_path), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--report-to", "tensorboard, ghost"]) == 2
@@ -223,3 +241,38 @@ def test_tensorboard_gets_the_loss_its_parts_and_the_rate(config, tmp_path):
         assert [step for step, _ in written] == [step for step, _ in logged] == [1, 2, 3]
         assert [value for _, value in written] == pytest.approx([value for _, value in logged], rel=1e-6)
     assert events.Scalars("eval/kl")[-1].value == pytest.approx(metrics["eval_kl"], rel=1e-6)
+
+
+def test_wandb_gets_the_loss_its_parts_and_the_rate(config, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    metrics = train(dataclasses.replace(config, report_to="wandb", steps=3, log_every=1))
+    try:
+        last = dict(wandb.run.summary)
+    finally:
+        wandb.finish()
+    logged = [entry for entry in metrics["history"] if "kl" in entry][-1]
+    for name in ("loss", "kl", "ce", "tokens_per_s"):
+        assert last[f"train/{name}"] == pytest.approx(logged[name], rel=1e-6)
+    assert last["eval/kl"] == pytest.approx(metrics["eval_kl"], rel=1e-6)
+    assert last["train/global_step"] == 3
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_trackio_gets_the_loss_its_parts_and_the_rate(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    metrics = train(dataclasses.replace(config, report_to="trackio", steps=3, log_every=1))
+    (project,) = SQLiteStorage.get_projects()
+    (run,) = SQLiteStorage.get_runs(project)
+    written = [row for row in SQLiteStorage.get_logs(project, run) if "train/kl" in row]
+    logged = [entry for entry in metrics["history"] if "kl" in entry]
+    assert len(written) == len(logged) == 3
+    (held_out,) = [row for row in SQLiteStorage.get_logs(project, run) if "eval/kl" in row]
+    assert held_out["eval/kl"] == pytest.approx(metrics["eval_kl"], rel=1e-6)
+    for row, entry in zip(written, logged, strict=True):
+        for name in ("loss", "kl", "ce", "tokens_per_s"):
+            assert row[f"train/{name}"] == pytest.approx(entry[name], rel=1e-6)

@@ -212,6 +212,7 @@ def _make_trainer(
         log_level="error",  # its warnings name the tied head as missing from every checkpoint
         report_to="none",  # _reporters are among the callbacks
     )
+    at_the_end = [_EvaluateLastStep()] if eval_set is not None else []
     trainer = DistillationTrainer(
         model=student.model,
         args=args,
@@ -224,7 +225,7 @@ def _make_trainer(
         divergence=config.loss,
         pack=config.pack,
         jsd_beta=config.jsd_beta,
-        callbacks=[RequireFiniteLoss(), checkpoints.MarkComplete(), *callbacks],
+        callbacks=[RequireFiniteLoss(), checkpoints.MarkComplete(), *at_the_end, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ReportProgress(trainer))
@@ -253,11 +254,24 @@ def _metrics(
         "wall_s": wall_s,
     }
     if eval_set is not None:
-        evaluated = trainer.evaluate()
+        evaluated = _last_evaluation(history, trainer.state.global_step) or trainer.evaluate()
         metrics.update({name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")})
         held_out = evaluate_student(trainer.model, eval_set, trainer.decoder, batch_size=config.batch_size)
         metrics["held_out"] = held_out.to_json()
     return {**metrics, "config": {**asdict(config), "data": list(config.data)}, "history": history}
+
+
+class _EvaluateLastStep(TrainerCallback):
+    """Held-out figures after the last step are taken within the training: some reporters close their run behind it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop:
+            control.should_evaluate = True
+
+
+def _last_evaluation(history: Sequence[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The held-out figures after that step, None where it was not evaluated."""
+    return next((entry for entry in reversed(history) if "eval_kl" in entry and entry["step"] == step), None)
 
 
 def _what_was_chosen(config: TrainConfig, trainer: DistillationTrainer, shape: StepShape) -> dict[str, str]:
