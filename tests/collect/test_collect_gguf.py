@@ -1,9 +1,12 @@
 """A teacher that is a .gguf file: written here, read without the network, equal to the model that it was made of."""
 
+import json
+
 import gguf
 import pytest
 import torch
-from logitstore_trainer.collect.teacher import inspect_teacher, load_teacher
+from logitstore_trainer.cli import main
+from logitstore_trainer.collect.teacher import inspect_teacher, load_teacher, load_tokenizer
 from logitstore_trainer.collect.teacher_source import locate_teacher, teacher_fingerprint
 from transformers import LlamaForCausalLM, modeling_gguf_pytorch_utils
 
@@ -86,6 +89,24 @@ def test_the_bar_of_the_weights_is_drawn_on_terminals_only(gguf_path, capsys, mo
     load_teacher(str(gguf_path), device="cpu", dtype="float32")
     assert ("GGUF tensors" in capsys.readouterr().err) is is_terminal
     assert modeling_gguf_pytorch_utils.tqdm is shown
+
+
+def test_what_collect_takes_as_teacher_eval_takes_too(gguf_path, model, tmp_path, capsys):
+    """The store's own file passes in silence; the same model in other files is said, its KL is 0 all the same."""
+    dataset, store, out = tmp_path / "text.jsonl", tmp_path / "store.parquet", tmp_path / "eval"
+    dataset.write_text("".join(json.dumps({"text": f"text {i} of some length"}) + "\n" for i in range(6)))
+    collect = ["collect", "--teacher", str(gguf_path), "--dataset", str(dataset), "--out", str(store)]
+    assert main([*collect, "--device", "cpu", "--dtype", "float32"]) == 0
+    student = tmp_path / "student"
+    model.save_pretrained(student)
+    load_tokenizer(str(gguf_path)).save_pretrained(student)
+    capsys.readouterr()
+    evaluate = ["eval", str(student), "--data", str(store), "--device", "cpu"]
+    for teacher, is_said in ((gguf_path, False), (student, True)):
+        assert main([*evaluate, "--teacher", str(teacher), "--out", str(out)]) == 0
+        result = json.loads((out / "results.json").read_text())["students"][str(student)]
+        assert result["kl_teacher_nats"] == pytest.approx(0, abs=1e-6)
+        assert ("is not the teacher that" in capsys.readouterr().err) is is_said
 
 
 def test_a_gguf_teacher_is_described_without_its_weights(gguf_path):

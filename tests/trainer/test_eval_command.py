@@ -101,6 +101,26 @@ def test_bad_arguments_are_one_line(students, store_path, tmp_path, capsys, word
     assert error.count("\n") == 1
 
 
+def test_a_teacher_that_is_none_or_of_other_tokens_is_refused(
+    students, new_student, other_tokenizer, store_path, tmp_path, capsys
+):
+    """A size, which is random weights, was taken for a teacher."""
+    other = tmp_path / "other"
+    new_student(5).save_pretrained(other)
+    other_tokenizer.save_pretrained(other)
+    command = ["eval", str(students[0]), "--data", str(store_path), "--out", str(tmp_path / "eval"), "--device", "cpu"]
+    for teacher, message in (
+        ("llama:layers=2,width=32,heads=2", "llama:layers=2,width=32,heads=2"),
+        (str(other), "the teacher's tokenizer"),
+        (str(store_path), "a file; expected a folder, a .gguf file or a name on the hub"),
+    ):
+        assert main([*command, "--teacher", teacher]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "eval").exists()
+
+
 def test_students_without_weights_or_named_twice_are_refused(students, store_path, tmp_path, capsys):
     tail = ["--data", str(store_path), "--out", str(tmp_path / "eval")]
     assert main(["eval", "llama:layers=2,width=32,heads=2", *tail]) == 2

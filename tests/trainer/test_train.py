@@ -263,7 +263,9 @@ def test_a_student_of_another_family_is_refused(config, new_student, other_token
     folder = tmp_path / "qwen"
     new_student(3).save_pretrained(str(folder))
     other_tokenizer.save_pretrained(str(folder))
-    with pytest.raises(logitstore.SpecMismatchError, match="is not the teacher's"):
+    with pytest.raises(
+        logitstore.SpecMismatchError, match="the student's tokenizer .* is not that of the store's teacher"
+    ):
         train(dataclasses.replace(config, student=str(folder)))
     assert not Path(config.out).exists()
     assert train(dataclasses.replace(config, steps=1))["steps"] == 1  # the folder is still free

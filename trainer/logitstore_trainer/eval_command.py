@@ -8,6 +8,7 @@ the students, and the teacher where it is given, answer questions whose right nu
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from logitstore_trainer.report import format_table
 from logitstore_trainer.report import write_report as write_page
 
 if TYPE_CHECKING:
+    from logitstore import LogitStore
     from logitstore_trainer.answers import Questions
     from logitstore_trainer.student import Student
 
@@ -37,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and report.html")
     parser.add_argument("--eval-fraction", type=float, metavar="F", help="measure the share that train held out")
     parser.add_argument("--seed", type=int, default=0, help="of that share, as train had it (default 0)")
-    parser.add_argument("--teacher", metavar="M", help="also run the teacher: exact KL over the whole vocabulary")
+    parser.add_argument(
+        "--teacher",
+        metavar="M",
+        help="also run the teacher, a folder, .gguf file or hub name: exact KL over the whole vocabulary",
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="T of the KL to the store (default 1)")
     parser.add_argument("--tail", help="as in train (default: what suits the store)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples per forward pass (default 8)")
@@ -152,8 +158,7 @@ def evaluate_students(args: argparse.Namespace) -> Evaluated:
     answers: dict[str, list[dict[str, Any]]] = {}
     teacher, teacher_result = None, None
     if args.teacher is not None:
-        teacher = build_student(args.teacher, store)
-        teacher.model.to(device)
+        teacher = _loaded_teacher(args.teacher, store, args.device)
         score = _score(args, args.teacher, teacher, questions, store.spec.vocab_size, answers)
         teacher_result = {"name": args.teacher, "n_parameters": teacher.model.num_parameters(), "exact_match": score}
     results = {}
@@ -169,6 +174,27 @@ def evaluate_students(args: argparse.Namespace) -> Evaluated:
         score = _score(args, name, student, questions, store.spec.vocab_size, answers)
         results[name] = {**measured.to_json(), "n_parameters": student.model.num_parameters(), "exact_match": score}
     return Evaluated(results, teacher_result, _described(args, questions), answers)
+
+
+def _loaded_teacher(name: str, store: "LogitStore", device: str) -> "Student":
+    """The teacher in float32 on the device: a folder, a .gguf file or a name on the hub, as `collect` takes it.
+
+    Says where it is another one than the store's. Raises ValueError or OSError where it cannot be loaded,
+    SpecMismatchError for one of other tokens.
+    """
+    from logitstore_trainer.collect.teacher import load_teacher
+    from logitstore_trainer.student import Student, check_tokenizer, check_vocabulary
+
+    teacher = load_teacher(name, dtype="float32", device=device)
+    check_tokenizer(store.spec, teacher.tokenizer, who="teacher")
+    check_vocabulary(store.spec, teacher.model, who="teacher")
+    if store.spec.teacher_sha256 not in (None, teacher.info.sha256):
+        print(
+            f"{name} is not the teacher that {store.path} was collected from, {store.spec.teacher or '(no name)'}: "
+            "other files, or another revision; the KL to the teacher is to this one",
+            file=sys.stderr,
+        )
+    return Student(teacher.model, teacher.tokenizer, from_scratch=False)
 
 
 def _score(

@@ -67,10 +67,10 @@ def build_student(name: str, store: "LogitStore", *, seed: int = 0) -> Student:
     return _load(name, spec)
 
 
-def check_tokenizer(spec: "StoreSpec", tokenizer: Any) -> None:
+def check_tokenizer(spec: "StoreSpec", tokenizer: Any, *, who: str = "student") -> None:
     """Raises SpecMismatchError if the tokenizer's {token: id} map is not the one that the store was collected with.
 
-    A store that does not name its tokenizer passes.
+    A store that does not name its tokenizer passes. who: whose tokenizer it is, for the message.
     """
     if spec.tokenizer_sha256 is None:
         return
@@ -78,23 +78,29 @@ def check_tokenizer(spec: "StoreSpec", tokenizer: Any) -> None:
     got = tokenizer_sha256(token_ids)
     if got != spec.tokenizer_sha256:
         name = getattr(tokenizer, "name_or_path", "") or "(no name)"
+        advice = (
+            "Choose a student with the teacher's tokenizer, build one from scratch (--student 20M), or collect from a "
+            "teacher of the student's family"
+            if who == "student"
+            else "Name the model that the store was collected from"
+        )
         raise SpecMismatchError(
-            f"the student's tokenizer {name} ({len(token_ids)} tokens, sha256 {got[:12]}) is not the teacher's, "
-            f"{spec.teacher or '(no name)'} ({spec.vocab_size} tokens, sha256 {spec.tokenizer_sha256[:12]}): the "
-            "stored ids would mean other tokens. Choose a student with the teacher's tokenizer, build one from scratch "
-            "(--student 20M), or collect from a teacher of the student's family"
+            f"the {who}'s tokenizer {name} ({len(token_ids)} tokens, sha256 {got[:12]}) is not that of the store's "
+            f"teacher, {spec.teacher or '(no name)'} ({spec.vocab_size} tokens, sha256 {spec.tokenizer_sha256[:12]}): "
+            f"the stored ids would mean other tokens. {advice}"
         )
 
 
-def check_vocabulary(spec: "StoreSpec", model: "PreTrainedModel") -> None:
-    """Raises SpecMismatchError if the student has fewer columns than the store has tokens; more are masked."""
+def check_vocabulary(spec: "StoreSpec", model: "PreTrainedModel", *, who: str = "student") -> None:
+    """Raises SpecMismatchError if the student, or who it is, has fewer columns than the store has tokens; more are
+    masked."""
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     width = getattr(config, "vocab_size", None)
     if width is not None and width < spec.vocab_size:
         raise SpecMismatchError(
-            f"the student predicts {width} tokens (config.vocab_size), the store holds distributions over "
+            f"the {who} predicts {width} tokens (config.vocab_size), the store holds distributions over "
             f"{spec.vocab_size}: choose a student with the teacher's tokenizer ({spec.teacher or 'not named'}), or "
             "resize its embeddings if only padding is missing"
         )
