@@ -70,7 +70,7 @@ class _ChunkedLoss(torch.autograd.Function):
         logits_NW = logits_NW.detach()  # shares the version counter
         gradient_NW = logits_NW if inplace else torch.empty_like(logits_NW)
         rows = _run(logits_NW, teacher, labels_N, counted_N, terms, expected_upstream, gradient_NW, skip_uncounted)
-        ctx.gradient_NW, ctx.expected_upstream = gradient_NW, expected_upstream
+        ctx.save_for_backward(gradient_NW, expected_upstream)
         ctx.mark_non_differentiable(rows.kl_N, rows.ce_N)
         ctx.set_materialize_grads(False)
         return tuple(rows)
@@ -78,27 +78,18 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N, _kl, _ce):
-        return take_gradient(ctx, upstream_N), *(None,) * 7
+        if upstream_N is None:
+            return (None,) * 8
+        gradient_NW, expected_upstream = ctx.saved_tensors
+        return scaled_gradient(gradient_NW, upstream_N / expected_upstream), *(None,) * 7
 
 
-def take_gradient(ctx, upstream_N: Tensor | None) -> Tensor | None:
-    """The stored ctx.gradient_NW, which was multiplied with ctx.expected_upstream, for upstream_N in its place.
-
-    Mutates ctx: what is stored is handed out once, unless the graph is kept.
-    """
-    if upstream_N is None:
-        return None
-    gradient_NW = ctx.gradient_NW
-    if gradient_NW is None:
-        raise RuntimeError(
-            "the distillation loss was differentiated a second time; its gradient was handed out by the first "
-            "backward(). Pass retain_graph=True to that one, or compute the loss again"
-        )
+def scaled_gradient(gradient_NW: Tensor, factor_N: Tensor) -> Tensor:
+    """The gradient that forward() saved, each row times its factor. Mutates it, unless the graph is kept and it may be
+    asked for again."""
     if graph_is_kept():
         gradient_NW = gradient_NW.clone()
-    else:
-        ctx.gradient_NW = None
-    _scale_rows(gradient_NW, upstream_N / ctx.expected_upstream)
+    _scale_rows(gradient_NW, factor_N)
     return gradient_NW
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitstore_kernels.chunked import graph_is_kept
+from logitstore_kernels.chunked import scaled_gradient
 from logitstore_kernels.loss_arguments import compute_dtype
 from logitstore_kernels.loss_terms import LossRows, LossTerms
 from logitstore_kernels.reference import loss_rows_reference
@@ -53,13 +53,10 @@ class _ChunkedReference(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N, _kl, _ce):
-        (gradient_NW,) = ctx.saved_tensors
         if upstream_N is None:
             return (None,) * 6
-        if graph_is_kept():
-            gradient_NW = gradient_NW.clone()
-        gradient_NW.mul_(upstream_N[:, None])
-        return gradient_NW, *(None,) * 5
+        (gradient_NW,) = ctx.saved_tensors
+        return scaled_gradient(gradient_NW, upstream_N), *(None,) * 5
 
 
 def _run(

@@ -24,6 +24,8 @@ from logitstore_kernels.teacher_rows import rows_of
 _ACCELERATOR_ROWS = 2048
 _CPU_BYTES = 64 << 20
 _CPU_LEAST_ROWS = 128
+# Where a product of half-precision matrices cannot be added to a float32 one without its own being rounded first.
+_WIDENED_PRODUCTS_ON = ("cpu",)
 # The rows of the buffer begin at multiples of 16 bytes, and more, whatever V is.
 _STRIDE_MULTIPLE = 64
 _WEIGHT_BLOCK = 16_384
@@ -50,15 +52,16 @@ def linear_chunk_rows(
 ) -> int:
     """The rows whose logits are held at a time: chunks of one size but for the last.
 
-    On a CPU 64 MiB of logits, though 128 rows at least. On an accelerator 2,048 rows, or half of that as often as it
-    takes for two such buffers to fit into free_bytes (None: there is room).
+    On a CPU 64 MiB of logits, though 128 rows at least. On an accelerator 2,048 rows at least where there are as many,
+    fewer than twice that; or half of it as often as it takes for two such buffers to fit into free_bytes (None: there
+    is room).
     """
     if device.type == "cpu":
         most_rows = max(_CPU_LEAST_ROWS, _CPU_BYTES // (vocab_size * dtype.itemsize))
     else:
-        most_rows = _ACCELERATOR_ROWS
+        most_rows = -(-n_rows // max(1, n_rows // _ACCELERATOR_ROWS))
         while free_bytes is not None and most_rows > 1 and 2 * most_rows * vocab_size * dtype.itemsize > free_bytes:
-            most_rows //= 2
+            most_rows = -(-most_rows // 2)
     n_chunks = max(1, -(-n_rows // most_rows))
     return max(1, -(-n_rows // n_chunks))
 
@@ -177,7 +180,7 @@ def _add_gradients(
             tokens = slice(start, start + _WEIGHT_BLOCK)
             if gradients.weight_VD.dtype == gradient_CV.dtype:
                 gradients.weight_VD[tokens].addmm_(gradient_CV[:, tokens].T, hidden_CD)
-            elif gradient_CV.device.type == "cpu":
+            elif gradient_CV.device.type in _WIDENED_PRODUCTS_ON:
                 dtype = gradients.weight_VD.dtype
                 gradients.weight_VD[tokens].addmm_(gradient_CV[:, tokens].to(dtype).T, hidden_CD.to(dtype))
             else:

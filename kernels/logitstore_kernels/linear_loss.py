@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitstore_kernels.chunked import graph_is_kept
+from logitstore_kernels.dispatch import why_no_triton
 from logitstore_kernels.linear_arguments import check_head, check_head_against, logits_dtype
 from logitstore_kernels.linear_chunks import (
     HeadGradients,
@@ -223,12 +224,19 @@ class _LinearLossRows(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, *, kept: bool) -> Tensor | None:
-    """gradient * factor, in place unless it is kept for another backward(); on a CPU a factor of 1 is no pass."""
+    """gradient * factor, in place unless it is kept for another backward(). Where Triton is, and on a CPU, a factor of
+    1 is no pass, and nobody waits to know it."""
     if gradient is None:
         return None
-    if factor.device.type == "cpu" and factor == 1:
-        return gradient.clone() if kept else gradient
-    return gradient * factor if kept else gradient.mul_(factor)
+    gradient = gradient.clone() if kept else gradient
+    if gradient.dtype != torch.float64 and why_no_triton(gradient.device) is None:
+        from logitstore_kernels import triton_function  # noqa: F401 - it defines the operator
+
+        rows_NW = gradient if gradient.dim() == 2 else gradient[None]
+        torch.ops.logitstore.scale_rows_in_place(rows_NW, factor.float().expand(len(rows_NW)).contiguous())
+    elif factor.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)
+    return gradient
 
 
 def _shaped(gradient: Tensor | None, like: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:

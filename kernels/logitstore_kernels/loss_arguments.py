@@ -257,8 +257,8 @@ def _check_reduction(reduction: str, num_items_in_batch: int | Tensor | None) ->
             raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(num_items_in_batch.shape)}")
     elif not isinstance(num_items_in_batch, numbers.Real) or isinstance(num_items_in_batch, bool):
         raise TypeError(f"num_items_in_batch must be an int or a tensor, got {type(num_items_in_batch).__name__}")
-    elif num_items_in_batch <= 0:
-        raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
+    elif not 0 < num_items_in_batch < math.inf:
+        raise ValueError(f"num_items_in_batch must be positive and finite, got {num_items_in_batch}")
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -294,8 +294,10 @@ def row_weight(
         weight = torch.ones((), dtype=dtype, device=counted_N.device)
     elif num_items_in_batch is None:
         weight = counted_N.sum().clamp(min=1).to(dtype).reciprocal()
+    elif not isinstance(num_items_in_batch, Tensor):  # a fill: a copy to the device would wait for it
+        weight = torch.full((), 1 / num_items_in_batch, dtype=dtype, device=counted_N.device)
     else:
-        n_items = torch.as_tensor(num_items_in_batch, device=counted_N.device).reshape(()).to(dtype)
+        n_items = num_items_in_batch.to(counted_N.device).reshape(()).to(dtype)
         weight = n_items.masked_fill(n_items == 0, 1).reciprocal()
     return weight if row_weights_N is None else weight * row_weights_N.to(dtype)
 

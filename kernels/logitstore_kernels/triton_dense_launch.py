@@ -19,7 +19,7 @@ from logitstore_kernels.triton_dense import (
     finish_rows_kernel,
     mark_rows_kernel,
 )
-from logitstore_kernels.triton_launch import LossOutputs, PackedTeacher
+from logitstore_kernels.triton_launch import LossOutputs, PackedTeacher, say_odd_rows
 
 _SCRATCH_BYTES = 256 << 20
 # The kernels that take a row alone copy and clear it in tiles.
@@ -101,6 +101,7 @@ def launch_dense(
     """The values of all rows; mutates gradient_NW, where it is given, to their gradient * upstream_N. As launch."""
     n_rows, n_columns = logits_NW.shape
     outputs = LossOutputs(*(logits_NW.new_empty(n_rows, dtype=torch.float32) for _ in range(3)))
+    say_odd_rows(logits_NW)
     teacher = PackedTeacher(*(None if tensor is None else tensor.contiguous() for tensor in teacher))
     labels_N, counted_N, upstream_N = (tensor.contiguous() for tensor in (labels_N, counted_N, upstream_N))
     if gradient_NW is not None:

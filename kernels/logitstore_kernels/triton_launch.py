@@ -172,8 +172,7 @@ def launch(
         if variant.needs_scratch:
             n_programs = min(n_rows, _n_processors(logits_NW.device) * _PROGRAMS_PER_PROCESSOR)
             work = logits_NW.new_empty(n_programs, n_columns)
-    if logits_NW.stride(0) * logits_NW.element_size() % 16 or logits_NW.data_ptr() % 16:
-        _warn_of_odd_rows(logits_NW.stride(0))
+    say_odd_rows(logits_NW)
     teacher = PackedTeacher(*(None if tensor is None else tensor.contiguous() for tensor in teacher))
     labels_N, counted_N, upstream_N = (tensor.contiguous() for tensor in (labels_N, counted_N, upstream_N))
     unused = labels_N
@@ -197,10 +196,16 @@ def _n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def say_odd_rows(logits_NW: Tensor) -> None:
+    """Warns once for each stride of rows that Triton cannot read 128 bits at a time."""
+    if logits_NW.stride(0) % 16 or logits_NW.data_ptr() % 16:
+        _warn_of_odd_rows(logits_NW.stride(0))
+
+
 @cache
 def _warn_of_odd_rows(stride: int) -> None:
     warnings.warn(
-        f"logits rows are {stride} elements apart, which is no multiple of 16 bytes: the loss reads them an element at "
-        "a time; pad the head's output to a multiple of 64 columns for 128-bit loads",
-        stacklevel=2,
+        f"logits rows are {stride} elements apart, which is no multiple of 16, or begin between two multiples of 16 "
+        "bytes: they are read an element at a time; pad the head's output to a multiple of 64 columns",
+        stacklevel=3,
     )

@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from logitstore_kernels.triton_launch import say_odd_rows
 from logitstore_kernels.triton_math import LOG2E, logaddexp, logsumexp
 
 NEG_INF = tl.constexpr(float("-inf"))
 LEAST = tl.constexpr(-(2**31))
-MAX_CANDIDATES = 8192  # columns of the chosen groups that one program holds
+MAX_CANDIDATES = 4096  # columns of the chosen groups that one program holds in registers
 _MAX_BLOCK = 8192
 _NARROW_BLOCK = 4096
 _TILE = 2048
@@ -166,7 +167,12 @@ def topk_constants(vocab_size: int, k: int, dtype: torch.dtype) -> dict[str, int
     }
 
 
-TOPK_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+def topk_options(constants: dict[str, int]) -> dict[str, int]:
+    """Warps and registers with which the kernel of these constants keeps everything in registers, in Triton 3.6 to 3.9.
+
+    A limit of 128 makes the assembler spill what it fits into 112 without one.
+    """
+    return {"num_warps": 16} if constants["BLOCK"] > _NARROW_BLOCK else {"num_warps": 8, "maxnreg": 160}
 
 
 def fits_topk(vocab_size: int, k: int) -> bool:
@@ -186,10 +192,11 @@ def launch_topk(logits_NW: Tensor, k: int, *, vocab_size: int) -> tuple[Tensor, 
     logps_NK = logits_NW.new_empty(n_rows, k, dtype=torch.float32)
     mass_N, half_N = (logits_NW.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
     if n_rows:
+        say_odd_rows(logits_NW)
         scratch = logits_NW.new_empty(n_rows, constants["SLOTS"], dtype=torch.int32)
         with torch.cuda.device_of(logits_NW):  # where Triton launches, whatever the tensors say; nothing on a CPU
             topk_with_tail_kernel[(n_rows,)](
                 logits_NW, scratch, ids_NK, logps_NK, mass_N, half_N, vocab_size, k, logits_NW.stride(0),
-                **constants, **TOPK_OPTIONS,
+                **constants, **topk_options(constants),
             )  # fmt: skip
     return ids_NK, logps_NK, mass_N, half_N

@@ -22,7 +22,7 @@ from logitstore_kernels.chunk_math import (
     stream,
     write_gradient,
 )
-from logitstore_kernels.chunked import take_gradient
+from logitstore_kernels.chunked import scaled_gradient
 from logitstore_kernels.loss_arguments import (
     DistillationLossParts,
     checked_rows,
@@ -142,7 +142,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         merged = merge(run.all_shards(), known, terms)
         ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
-            ctx.gradient_NW, ctx.expected_upstream = run.gradient(merged, expected_upstream), expected_upstream
+            ctx.save_for_backward(run.gradient(merged, expected_upstream), expected_upstream)
         loss_N = torch.zeros_like(merged.kl)
         if terms.alpha > 0:
             loss_N.add_(merged.kl, alpha=terms.alpha * terms.temperature**2)
@@ -154,7 +154,10 @@ class _VocabParallelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N, _kl, _ce):
-        return take_gradient(ctx, upstream_N), *(None,) * 5
+        if upstream_N is None:
+            return (None,) * 6
+        gradient_NS, expected_upstream = ctx.saved_tensors
+        return scaled_gradient(gradient_NS, upstream_N / expected_upstream), *(None,) * 5
 
 
 class _Run:

@@ -26,7 +26,7 @@ from logitstore_kernels.triton_dense import dense_rows_kernel, finish_rows_kerne
 from logitstore_kernels.triton_dense_launch import BLOCK_OPTIONS, ROW_OPTIONS, ROW_TILE, dense_variant_of
 from logitstore_kernels.triton_launch import variant_of
 from logitstore_kernels.triton_loss import distillation_loss_kernel
-from logitstore_kernels.triton_topk import TOPK_OPTIONS, fits_topk, topk_constants, topk_with_tail_kernel
+from logitstore_kernels.triton_topk import fits_topk, topk_constants, topk_options, topk_with_tail_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -103,15 +103,21 @@ def dense_builds(
 
 
 def topk_build(dtype: str, vocab_size: int, k: int) -> Build:
-    arguments = tuple(topk_constants(vocab_size, k, TORCH_DTYPES[dtype]).items())
+    constants = topk_constants(vocab_size, k, TORCH_DTYPES[dtype])
+    arguments, options = tuple(constants.items()), tuple(topk_options(constants).items())
     even = vocab_size % 16 == 0
-    return Build("topk_with_tail_kernel", arguments, tuple(TOPK_OPTIONS.items()), dtype, "none", even, even)
+    return Build("topk_with_tail_kernel", arguments, options, dtype, "none", even, even)
 
 
 def all_topk_builds() -> Iterator[tuple[int, Build]]:
-    for vocab_size, dtype, k in itertools.product((*VOCABULARIES, 50_257, 1000), ELEMENT_BYTES, (1, 64, 127)):
-        if fits_topk(vocab_size, k):
+    for vocab_size, dtype in itertools.product((*VOCABULARIES, 50_257, 1000), ELEMENT_BYTES):
+        for k in (1, 64, 127, most_topk_entries(vocab_size)):
             yield vocab_size, topk_build(dtype, vocab_size, k)
+
+
+def most_topk_entries(vocab_size: int) -> int:
+    """The largest k that the dispatcher gives to the kernel."""
+    return max(k for k in range(1, min(vocab_size, 4096)) if fits_topk(vocab_size, k))
 
 
 def terms_that_differ() -> Iterator[LossTerms]:
@@ -179,7 +185,7 @@ def quick_builds() -> Iterator[tuple[int, Build]]:
     dense = LossTerms(1.5, 0.7, "dense", True, True, softcap=30.0)
     for item in dense_builds(dense, "bf16", "fp32", 128_256, gradient="in place"):
         yield 128_256, item
-    for dtype, vocab_size, k in (("bf16", 128_256, 64), ("fp32", 151_936, 127)):
+    for dtype, vocab_size, k in (("bf16", 128_256, 64), ("fp32", 151_936, 127), ("fp32", 32_000, 511)):
         yield vocab_size, topk_build(dtype, vocab_size, k)
 
 

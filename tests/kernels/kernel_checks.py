@@ -1,6 +1,7 @@
 """What the tests of the loss kernels share: one launch by the interpreter, and its comparison with float64.
 
-The budget is twice the error of the reference computed from logits of that dtype. The interpreter truncates where it
+The budget is twice the error of the reference computed from logits of that dtype, the largest of these rows and of
+noisy copies of them: on two or three rows alone PyTorch may be right by luck. The interpreter truncates where it
 should round to bfloat16, so a bfloat16 gradient is checked in two steps: as float32, and that what is stored is its
 truncation. A GPU's conversion rounds to nearest.
 """
@@ -15,8 +16,9 @@ from logitstore_kernels.reference import distillation_loss_reference
 BLOCK = 128  # so that small vocabularies have full tiles and a masked one
 
 
-def assert_within_twice_the_error(got, yardstick, truth, floor=3e-7):
-    error, budget = (got.double() - truth).abs().max().item(), (yardstick.double() - truth).abs().max().item()
+def assert_within(got, truth, budget, floor=3e-7):
+    """Within twice the budget, and some float32 noise."""
+    error = (got.double() - truth).abs().max().item()
     allowed = 2 * budget + floor * max(truth.abs().max().item(), 1.0)
     assert error <= allowed, f"error {error:.3e}, the yardstick's {budget:.3e}, allowed {allowed:.3e}"
 
@@ -56,14 +58,26 @@ def reference_rows(logits_NV, case, terms):
     return loss_N.detach(), leaf.grad
 
 
+def errors_of_pytorch(logits_NV, case, terms, n_copies=16):
+    """The largest errors (loss, gradient) of the reference in the logits' dtype, over the rows and noisy copies."""
+    rng = torch.Generator().manual_seed(0)
+    noise = [torch.zeros(logits_NV.shape), *(torch.randn(logits_NV.shape, generator=rng) for _ in range(n_copies))]
+    found = []
+    for noise_NV in noise:
+        x_NV = (logits_NV.float() + 0.1 * noise_NV).to(logits_NV.dtype)
+        truth, plain = reference_rows(x_NV.double(), case, terms), reference_rows(x_NV, case, terms)
+        found.append([(one.double() - exact).abs().max().item() for one, exact in zip(plain, truth, strict=True)])
+    return [max(errors) for errors in zip(*found, strict=True)]
+
+
 def check_against_float64(case, terms, dtype, *, block=BLOCK):
     logits_NV = case.leaf(dtype).detach()
     truth_N, truth_gradient = reference_rows(logits_NV.double(), case, terms)
-    plain_N, plain_gradient = reference_rows(logits_NV, case, terms)
+    budgets = errors_of_pytorch(logits_NV, case, terms)
     args = (logits_NV, case.teacher, case.labels_N, terms)
     loss_N, _, _, gradient = kernel_rows(*args, gradient_dtype=torch.float32, block=block)
-    assert_within_twice_the_error(loss_N, plain_N, truth_N)
-    assert_within_twice_the_error(gradient.to(dtype), plain_gradient, truth_gradient)
+    assert_within(loss_N, truth_N, budgets[0])
+    assert_within(gradient.to(dtype), truth_gradient, budgets[1])
     in_place_N, _, _, in_place = kernel_rows(*args, inplace=True, block=block)
     assert torch.equal(in_place_N, loss_N)
     if dtype == torch.bfloat16:

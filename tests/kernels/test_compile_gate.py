@@ -41,7 +41,7 @@ def test_a_part_of_the_grid():
     }  # fmt: skip
     assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
     assert any(not row["even_rows"] for row in rows)
-    assert sum(row["kernel"] == "topk_with_tail_kernel" for row in rows) == 2
+    assert sum(row["kernel"] == "topk_with_tail_kernel" for row in rows) == 3
 
 
 @pytest.mark.full_grid

@@ -177,6 +177,23 @@ def test_low_precision_is_within_twice_the_error_of_pytorch(case_factory, dtype,
             assert error <= 2 * budget + 1e-7 * value.abs().max()
 
 
+def test_the_weight_s_gradient_is_the_sum_over_chunks_as_accelerators_add_it(case_factory, monkeypatch):
+    """Products of a chunk in half precision, added in float32: the branch that no CPU takes."""
+    monkeypatch.setattr("logitstore_kernels.linear_chunks._WIDENED_PRODUCTS_ON", ())
+    n, v, d = 65, 503, 48
+    case = case_factory(n, v, 16)
+    head = tuple(
+        (x.detach() / d**0.25).requires_grad_() for x in head_of(n, v, d, dtype=torch.bfloat16, bias=False)[:2]
+    )
+    args = (case.teacher, case.labels_N, 2.0, 0.7, "bucket", -100, "sum")
+    exact = (*(x.detach().double().requires_grad_() for x in head), None)
+    truth = value_and_gradients(linear_reference, exact, *args)
+    plain = value_and_gradients(linear_reference, (*head, None), *args)
+    got = value_and_gradients(fused_linear_distillation_loss, (*head, None), *args, chunk_rows=16)
+    for ours, yardstick, value in zip(got, plain, truth, strict=True):
+        assert (ours - value).norm() <= 2 * (yardstick - value).norm()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast(case_factory, reduction):
     n, v, d = 65, 503, 48
@@ -356,7 +373,8 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk(case_factory, reduction)
 def test_rows_of_a_chunk_by_device():
     cpu, other = torch.device("cpu"), torch.device("meta")
     assert linear_chunk_rows(8192, 128_256, torch.bfloat16, other) == 2048
-    assert linear_chunk_rows(2049, 128_256, torch.bfloat16, other) == 1025
+    assert linear_chunk_rows(2049, 128_256, torch.bfloat16, other) == 2049
+    assert linear_chunk_rows(6000, 128_256, torch.bfloat16, other) == 3000
     assert linear_chunk_rows(100, 128_256, torch.bfloat16, other) == 100
     gigabyte = 10**9  # two buffers of 1,024 rows take 0.53 GB, of 2,048 rows 1.05 GB
     assert linear_chunk_rows(8192, 128_256, torch.bfloat16, other, free_bytes=2 * gigabyte) == 2048

@@ -24,7 +24,9 @@ BAD_OPTIONS = [
     ({"reduction": "batchmean"}, ValueError, "reduction must be one of none, sum, mean, got 'batchmean'"),
     ({"reduction": "sum", "num_items_in_batch": 3}, ValueError, "denominator of reduction='mean', got reduction='sum'"),
     ({"reduction": "none", "num_items_in_batch": 3}, ValueError, "denominator of reduction='mean'"),
-    ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch must be positive, got 0"),
+    ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch must be positive and finite, got 0"),
+    ({"num_items_in_batch": float("nan")}, ValueError, "num_items_in_batch must be positive and finite, got nan"),
+    ({"num_items_in_batch": float("inf")}, ValueError, "num_items_in_batch must be positive and finite, got inf"),
     ({"num_items_in_batch": "3"}, TypeError, "num_items_in_batch must be an int or a tensor, got str"),
     ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch must hold one number, got shape \(2,\)"),
 ]

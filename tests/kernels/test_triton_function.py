@@ -284,6 +284,22 @@ def test_a_device_is_made_the_current_one():
         pass
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 130), (130,)])
+@pytest.mark.parametrize("kept", [True, False])
+def test_gradients_of_a_head_are_scaled_by_the_kernel(dtype, shape, kept):
+    from logitstore_kernels.linear_loss import _scaled
+
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for factor in (1.0, -2.5):
+        given = gradient.clone()
+        got = _scaled(given, torch.tensor(factor, dtype=torch.float64), kept=kept)
+        # The interpreter truncates to bfloat16, 2^-7 at most.
+        torch.testing.assert_close(got.float(), gradient.float() * factor, rtol=0 if factor == 1 else 2**-7, atol=0)
+        assert (got.data_ptr() == given.data_ptr()) is not kept
+        assert torch.equal(given, gradient) is (kept or factor == 1)
+
+
 def test_odd_rows_are_warned_of_once(case_factory):
     from logitstore_kernels.triton_launch import _warn_of_odd_rows
 
@@ -292,3 +308,21 @@ def test_odd_rows_are_warned_of_once(case_factory):
     with pytest.warns(UserWarning, match="logits rows are 131 elements apart.*pad the head's output") as caught:
         _ = [distillation_loss(case.leaf(torch.float32), case.teacher, case.labels_N) for _ in range(2)]
     assert sum("elements apart" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.parametrize("operation", ["loss", "dense", "topk"])
+def test_rows_a_multiple_of_16_bytes_apart_that_triton_cannot_read_wide_are_warned_of(case_factory, operation):
+    """Triton asks for strides of 16 elements: 136 columns of bfloat16 are 17 times 16 bytes, and not that."""
+    from logitstore_kernels.triton_launch import _warn_of_odd_rows
+    from logitstore_kernels.triton_topk import launch_topk
+
+    case = case_factory(2, 136, 4)
+    leaf = case.leaf(torch.bfloat16)
+    run = {
+        "loss": lambda: distillation_loss(leaf, case.teacher, case.labels_N),
+        "dense": lambda: distillation_loss(leaf, case.teacher, case.labels_N, tail="dense"),
+        "topk": lambda: launch_topk(leaf.detach(), 4, vocab_size=136),
+    }[operation]
+    _warn_of_odd_rows.cache_clear()
+    with pytest.warns(UserWarning, match="logits rows are 136 elements apart"):
+        run()
