@@ -66,7 +66,8 @@ def distillation_loss(
     num_items_in_batch: an int must be positive. A tensor, whose value is not read, may be 0, as it is for an optimizer
         step whose every label is ignored; then no row counts, not even one with a label, which such a count rules out.
     inplace: True writes the gradient over student_logits_NV (mutates it; its version counter moves on) and saves a
-        tensor of that size; only where a gradient is wanted. The logits must not be used again.
+        tensor of that size; only where a gradient is wanted. The logits must not be used again; of a leaf the .grad
+        would be the leaf's own memory.
     label_smoothing: e in [0, 1): CE is (1 - e) * -ln p[label] - e * the mean of ln p over the vocabulary.
     z_loss: adds z_loss * (ln sum of e^logits)^2 to CE (PaLM, Chowdhery et al. 2022), so it has its weight, too.
     softcap: c > 0 puts c * tanh(logits / c) in the logits' place, in both terms; -inf stays -inf. None for none.
@@ -84,7 +85,8 @@ def distillation_loss(
     Computes in float32 (float64 for float64 logits). The gradient has the logits' dtype and cannot be differentiated
     again. Nothing is synchronised with the host, and the loss is a scalar on the logits' device. Label smoothing,
     z-loss and softcap are slower where there is no kernel (chunked_reference.py); divergences other than forward KL
-    have none: row chunks under autograd compute them. Under torch.compile inplace is left to the compiler.
+    have none: row chunks under autograd compute them. Under torch.compile inplace is left to the compiler; the kernel
+    is one operator of the graph, row chunks break it.
 
     Raises TypeError / ValueError for arguments that do not go together, among them a student narrower than
     t.vocab_size, a temperature other than 1 with "sampled" or without t.tail_logmoment_half_N (neither at alpha 0, the

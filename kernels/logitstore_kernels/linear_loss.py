@@ -64,7 +64,7 @@ def fused_linear_distillation_loss(
 
     Under autocast the logits have its dtype, whatever those of hidden_ND and weight_VD; logits are rounded to their
     dtype as a Linear's are. The gradients of weight_VD and bias are summed over the chunks in float32 (float64 for
-    float64). Gradients cannot be differentiated again.
+    float64). Gradients cannot be differentiated again. Under torch.compile it is a break in the graph.
 
     FSDP2: called from the forward() of a module that holds the head, weight_VD is the whole tensor and nothing has to
     be done. Called from elsewhere it is a DTensor: it is gathered, and its gradient is the mean over the mesh, as
