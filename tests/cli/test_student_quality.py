@@ -47,6 +47,29 @@ def test_a_share_is_the_way_from_labels_to_full_logits_by_seed(scripts) -> None:
     assert (quality.share_text([0.987]), quality.share_text([])) == ("98.7%", "-")
 
 
+def test_the_readme_s_table_and_advice_are_those_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(QUALITY))
+    import student_quality
+
+    readme = " ".join((QUALITY.parents[1] / "README.md").read_text().split())
+    rows = student_quality.read_rows(student_quality.ROWS)
+    for line in student_quality.table(rows):
+        assert f"| {' | '.join(line)} |" in readme
+    kls = []
+    for arm, temperature in (("full logits", 1.0), ("full logits", 2.0), ("labels", 1.0)):
+        own = [row for row in rows if (row["arm"], row["temperature"]) == (arm, temperature)]
+        kls += [np.mean([row[name] for row in own]) for name in ("kl_t1", "kl_t2")]
+    advice = (
+        "From full logits, T = 1 leaves a KL of {:.3f} at T = 1 and {:.3f} at T = 2; T = 2 leaves {:.3f} and {:.3f}; "
+        "labels alone leave {:.3f} and {:.3f}."
+    )
+    assert advice.format(*kls) in readme
+    assert kls[0] < kls[2]
+    assert kls[3] < kls[1]
+    for name in ("student_quality", "student_arms"):
+        sys.modules.pop(name, None)
+
+
 def test_rows_of_other_lengths_do_not_count_and_a_cut_one_is_run_again(scripts, tmp_path: Path) -> None:
     quality, _ = scripts
     path = tmp_path / "rows.jsonl"
