@@ -30,7 +30,7 @@ def default_rank(tail_step: float | None) -> int | None:
 
     Corrections can say of the left-over only what lies along the directions, so all coefficients pay where steps are
     fine. On the teacher that was measured (benchmarks/results/codec_checks.jsonl) they save 1 % of the KL of FEW at 24
-    bytes a token and less below, 3 % at 40, 12 % at 60; they cost twice the arithmetic to train with.
+    bytes a token and less below, 3 % at 40, 8 % at 56; they cost twice the arithmetic to train with.
     """
     return None if tail_step is not None and tail_step < FINE_STEP else FEW
 

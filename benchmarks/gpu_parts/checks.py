@@ -194,7 +194,7 @@ def check_linear(device: torch.device) -> dict[str, float]:
         leaves = [x.to(dtype).requires_grad_() for x in (hidden_ND, weight_VD)]
         loss = fused_linear_distillation_loss(
             *leaves, inputs.teacher, inputs.labels_N, reduction="sum", chunk_rows=n_rows // 2
-        )  # three chunks, the last of one row or none
+        )  # two chunks or three, whose gradients of the weight add up
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     errors = [float((got.double() - exact).norm() / exact.norm()) for got, exact in

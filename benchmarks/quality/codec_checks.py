@@ -5,7 +5,7 @@
 - ids: bits an id in our candidate lists, against the rank of its frequency in planes under zstd.
 - length: bytes a token of sequences of 64 tokens against 1,024; fewer rows share what a blob costs.
 - rank: bytes and KL of predicted tails with 128, 256 and all coefficients, without corrections and by their step; and
-  at the budgets of the README, what share of KL all coefficients save over 256 (log-log between the steps).
+  at three budgets of bytes, what share of KL all coefficients save over 256 (log-log between the steps).
 - heads: bytes and KL of how log-probs are kept, behind the same selection and predicted tail.
 - sampling: what a sample of the tail adds to the squared error of the loss's gradient at T = 1 as variance, drawn from
   the teacher's tail (varopt) or from what the prediction leaves over (a control variate, unbiased as well), and what
@@ -41,7 +41,7 @@ from logitstore.tail_rank import with_rank
 SHORT, LONG = 64, 1024
 RANKS = (128, 256, None)
 STEPS = (None, 0.15, 0.12, 0.1, 0.085, 0.07, 0.0585)
-RANK_BUDGETS = (24.0, 40.0, 60.0)
+RANK_BUDGETS = (24.0, 40.0, 56.0)
 HEADS = (
     *(("log", step) for step in (0.25, 0.5, 1.0)),
     *(("sqrtp", 1 / parts) for parts in (128, 64, 32)),
@@ -152,11 +152,20 @@ def rank_answer(sample: Prepared, kinds: dict[str, LogitsFile]) -> dict[str, Any
         for (rank, step), measured in _measured(codecs, kinds).items()
     ]
     few, full = sorted({row["rank"] for row in rows})[-2:]
-    saved = {
+    return {"rows": rows, "saved_by_all_over": few, "saved": saved_shares(rows, few, full)}
+
+
+def saved_shares(rows: list[dict[str, Any]], few: int, full: int) -> dict[str, dict[str, float]]:
+    """By budget and KL, the share that the rank `full` saves over `few`; no budget that the steps of either miss."""
+    return {
         f"{budget:g}": {name: 1 - _at(rows, full, budget, name) / _at(rows, few, budget, name) for name in KLS}
         for budget in RANK_BUDGETS
+        if all(sizes[0] <= budget <= sizes[-1] for sizes in (_sizes(rows, few), _sizes(rows, full)))
     }
-    return {"rows": rows, "saved_by_all_over": few, "saved": saved}
+
+
+def _sizes(rows: list[dict[str, Any]], rank: int) -> list[float]:
+    return sorted(row["bytes_per_token"] for row in rows if row["rank"] == rank and row["tail_step"])
 
 
 def _at(rows: list[dict[str, Any]], rank: int, budget: float, kl_name: str) -> float:
